@@ -5,7 +5,7 @@
 //   c2 = -rstd/n * sum over the group of weight*dt*x_hat                  c3 = -rstd/n * sum over the group of weight*dt
 //
 // Every function is a template over the type A that it computes in: a float or double, or a vector of them on the CPU, for which
-// exp_, tanh_, erf_, logistic_ are overloaded.
+// exp_, tanh_, erf_, logistic_ are declared before this file is included.
 #pragma once
 
 #include <cmath>

@@ -1,0 +1,2 @@
+#define NORMOPS_TYPE BFloat16
+#include "instantiate.inc"

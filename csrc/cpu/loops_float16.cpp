@@ -1,0 +1,2 @@
+#define NORMOPS_TYPE Half
+#include "instantiate.inc"

@@ -1,0 +1,2 @@
+#define NORMOPS_TYPE float
+#include "instantiate.inc"

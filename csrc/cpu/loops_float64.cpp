@@ -1,0 +1,2 @@
+#define NORMOPS_TYPE double
+#include "instantiate.inc"
