@@ -5,7 +5,7 @@
 //   c2 = -rstd/n * sum over the group of weight*dt*x_hat                  c3 = -rstd/n * sum over the group of weight*dt
 //
 // Every function is a template over the type A that it computes in: a float or double, or a vector of them on the CPU, for which
-// exp_, tanh_, erf_, logistic_ are declared before this file is included.
+// exp_(x), tanh_(x), logistic_(x) and erf_(x, exp(-x*x)) are declared before this file is included.
 #pragma once
 
 #include <cmath>
@@ -60,7 +60,7 @@ NORMOPS_INLINE A activate(Activation kind, A t, S slope) {
     case Activation::relu: return t < zero ? zero : t;
     case Activation::leaky_relu: return t > zero ? t : t * slope;
     case Activation::silu: return t * logistic_(t);
-    case Activation::gelu: return t * (A_(0.5) + A_(0.5) * erf_(t * A_(kSqrtHalf)));
+    case Activation::gelu: return t * (A_(0.5) + A_(0.5) * erf_(t * A_(kSqrtHalf), exp_(A_(-0.5) * t * t)));
     case Activation::gelu_tanh: return A_(0.5) * t * (A_(1) + tanh_(A_(kSqrt2OverPi) * (t + A_(kGeluCubic) * t * t * t)));
     case Activation::tanh: return tanh_(t);
     case Activation::sigmoid: return logistic_(t);
@@ -86,8 +86,10 @@ NORMOPS_INLINE A activate_grad(Activation kind, A t, S slope) {
       A s = logistic_(t);
       return s * (A_(1) + t * (A_(1) - s));
     }
-    case Activation::gelu:
-      return A_(0.5) + A_(0.5) * erf_(t * A_(kSqrtHalf)) + t * (A_(kInvSqrt2Pi) * exp_(A_(-0.5) * t * t));
+    case Activation::gelu: {
+      A e = exp_(A_(-0.5) * t * t);
+      return A_(0.5) + A_(0.5) * erf_(t * A_(kSqrtHalf), e) + t * (A_(kInvSqrt2Pi) * e);
+    }
     case Activation::gelu_tanh: {
       A th = tanh_(A_(kSqrt2OverPi) * (t + A_(kGeluCubic) * t * t * t));
       A du = A_(kSqrt2OverPi) * (A_(1) + A_(3 * kGeluCubic) * t * t);

@@ -107,11 +107,11 @@ void parameter_gradient(const OptionalTensor& out, const A* sums, const Shape& s
         for (int64_t i = task * s.C; i < (task + 1) * s.C; i++) store(p + i, static_cast<Acc<P>>(sums[i]));
         return;
       }
-      for (int64_t c = task * 64; c < std::min(s.C, (task + 1) * 64); c++) {
-        double total = 0;
-        for (int64_t n = 0; n < s.N; n++) total += sums[n * s.C + c];
-        store(p + c, static_cast<Acc<P>>(total));
-      }
+      const int64_t first = task * 64, count = std::min<int64_t>(64, s.C - first);
+      double totals[64] = {};
+      for (int64_t n = 0; n < s.N; n++)
+        for (int64_t c = 0; c < count; c++) totals[c] += sums[n * s.C + first + c];
+      for (int64_t c = 0; c < count; c++) store(p + first + c, static_cast<Acc<P>>(totals[c]));
     });
   });
 }

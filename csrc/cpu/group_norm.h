@@ -1,7 +1,7 @@
 // Group normalization on the CPU: moments -> fold -> apply, and sums -> fold -> apply backward, over tasks for one or many threads.
 //
 // A task is a whole group (channels first) or a whole sample (channels last) when there are enough of them: its second pass then hits the cache.
-// Otherwise the three steps run one after the other, each over blocks of all groups. Blocks have a fixed size and are merged in index order, in
+// Otherwise the three steps run one after the other, each over pieces of all groups. Pieces have a fixed size and are merged in index order, in
 // double: the results do not depend on the number of threads.
 #pragma once
 
@@ -19,6 +19,7 @@ struct Shape {
   bool channels_last;
   int64_t D() const { return C / G; }
   int64_t n() const { return D() * S; }  // elements of a group
+  int64_t groups() const { return N * G; }
 };
 
 template <typename A>
@@ -57,19 +58,29 @@ Buffer<E> buffer(int64_t size) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `count` blocks of `size` elements each (the last one shorter, `total` in all), `stride` apart in memory
-inline Moments merge_blocks(const Moments* blocks, int64_t count, int64_t stride) {
+// `count` disjoint sets, `stride` apart in memory: Chan's formula for all at once, relative to the first mean
+inline Moments merge(const Moments* sets, int64_t count, int64_t stride) {
   double total = 0, mean = 0, m2 = 0;
-  for (int64_t b = 0; b < count; b++) {
-    total += blocks[b * stride].count;
-    mean += blocks[b * stride].count * (blocks[b * stride].mean - blocks[0].mean);
+  for (int64_t i = 0; i < count * stride; i += stride) {
+    total += sets[i].count;
+    mean += sets[i].count * (sets[i].mean - sets[0].mean);
   }
-  mean = blocks[0].mean + mean / total;
-  for (int64_t b = 0; b < count; b++) {
-    const double delta = blocks[b * stride].mean - mean;
-    m2 += blocks[b * stride].m2 + blocks[b * stride].count * delta * delta;
+  mean = sets[0].mean + mean / total;
+  for (int64_t i = 0; i < count * stride; i += stride) {
+    const double delta = sets[i].mean - mean;
+    m2 += sets[i].m2 + sets[i].count * delta * delta;
   }
   return {total, mean, m2};
+}
+
+template <typename A>
+double sum_of(const A* values, int64_t n) {
+  double sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; k++) sums[k] += values[i + k];
+  for (; i < n; i++) sums[0] += values[i];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <typename T>
@@ -81,7 +92,7 @@ class GroupNorm {
       : s(shape), x(x), residual(residual), affine(affine), options(options) {}
 
   void forward(T* y, A* saved, double eps) {
-    auto owned = saved ? nullptr : buffer<A>(3 * s.N * s.G);
+    auto owned = saved ? nullptr : buffer<A>(3 * s.groups());
     stats = saved ? saved : owned.get();
     if (s.channels_last)
       forward_columns(y, eps);
@@ -106,233 +117,212 @@ class GroupNorm {
   A* stats = nullptr;  // (3, N, G)
   const Loops<T>& loop = loops<T>();
 
-  const T* shifted(const T* p, int64_t offset) const { return p ? p + offset : nullptr; }
-  T* shifted(T* p, int64_t offset) const { return p ? p + offset : nullptr; }
+  template <typename P>
+  static P* shifted(P* p, int64_t offset) {
+    return p ? p + offset : nullptr;
+  }
+
+  template <typename C>
+  Forward<T, C> forward_from(T* y, int64_t offset, const C& at) const {
+    return {y + offset, x + offset, shifted(residual, offset), at};
+  }
+  template <typename C>
+  Backward<T, C> backward_from(T* dx, T* dt, const T* dy, int64_t offset, const C& at) const {
+    return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at};
+  }
 
   void save(int64_t group, const Moments& moments, double eps) {
-    const int64_t groups = s.N * s.G;
     const Stats<A> result = finish<A>(moments, eps);
     stats[group] = result.mean;
-    stats[groups + group] = result.mean_lo;
-    stats[2 * groups + group] = result.rstd;
+    stats[s.groups() + group] = result.mean_lo;
+    stats[2 * s.groups() + group] = result.rstd;
   }
 
-  Coefficients<A> coefficients(int64_t group) const {
-    const int64_t groups = s.N * s.G;
-    const A rstd = stats[2 * groups + group];
-    return {stats[group], rstd, -stats[groups + group] * rstd, 1, 0, 0, 0, 0};
+  int64_t parameter(int64_t group) const { return (group / s.G) * affine.stride + (group % s.G) * s.D(); }  // index of the first channel's
+
+  Rows<A> coefficients(int64_t group) const {
+    const A rstd = stats[2 * s.groups() + group];
+    const int64_t first = parameter(group);
+    return {stats[group], rstd, -stats[s.groups() + group] * rstd, 0, 0, affine.weight + first, affine.bias + first};
   }
 
-  // c2 and c3 of a group from the sums of its channels
-  Coefficients<A> backward_coefficients(int64_t group, const A* sums) const {
-    Coefficients<A> at = coefficients(group);
-    const int64_t first = group * s.D();
-    const A* weight = affine.weight + (group / s.G) * affine.stride + first % s.C;
-    double sum_g_xhat = 0, sum_g = 0;
+  // c2 and c3 too, from the sums of the group's channels
+  Rows<A> coefficients(int64_t group, const A* sums) const {
+    Rows<A> at = coefficients(group);
+    const A *sum_dt_xhat = sums + group * s.D(), *sum_dt = sum_dt_xhat + s.N * s.C;
+    double first = 0, second = 0;
     for (int64_t d = 0; d < s.D(); d++) {
-      sum_g_xhat += static_cast<double>(weight[d]) * sums[first + d];
-      sum_g += static_cast<double>(weight[d]) * sums[s.N * s.C + first + d];
+      first += static_cast<double>(at.weight[d]) * sum_dt_xhat[d];
+      second += static_cast<double>(at.weight[d]) * sum_dt[d];
     }
-    at.c2 = static_cast<A>(-at.rstd * sum_g_xhat / s.n());
-    at.c3 = static_cast<A>(-at.rstd * sum_g / s.n());
+    at.c2 = static_cast<A>(-at.rstd * first / s.n());
+    at.c3 = static_cast<A>(-at.rstd * second / s.n());
     return at;
   }
 
-  // ---- channels first: a group is contiguous, a channel is a row ----
+  // ---- channels first: a group is contiguous, its channels are rows; with S == 1 they are columns of one pixel ----
 
-  static constexpr int64_t kPiece = 32768;    // elements of a group that one apply step covers
-  static constexpr int64_t kColumns = 1024;   // the same when S == 1: channels whose coefficients are laid out as vectors
+  static constexpr int64_t kPiece = 16384, kColumns = 1024;
 
-  int64_t piece() const { return s.S == 1 ? kColumns : kPiece; }
+  struct Piece {  // elements [begin, begin + length) of `rows` channels from `channel` on; several rows are whole
+    int64_t channel, rows, begin, length, part;
+    int64_t offset(const Shape& s, int64_t group) const { return (group * s.D() + channel) * s.S + begin; }
+  };
+  int64_t parts() const { return ceil_div(s.S, kPiece); }  // of one channel
+  int64_t rows_per_piece() const { return s.S == 1 ? kColumns : std::max<int64_t>(1, kPiece / s.S); }
+  int64_t pieces() const { return ceil_div(s.D(), rows_per_piece()) * parts(); }  // of one group
+  Piece piece(int64_t index) const {
+    const int64_t part = index % parts(), channel = index / parts() * rows_per_piece(), begin = part * kPiece;
+    return {channel, std::min(rows_per_piece(), s.D() - channel), begin, std::min(kPiece, s.S - begin), part};
+  }
+
+  static Rows<A> from_channel(Rows<A> at, int64_t channel) {
+    at.weight += channel;
+    at.bias += channel;
+    return at;
+  }
+
+  struct Storage {
+    A values[5][kColumns];
+  };
+  static Columns<A> as_columns(const Rows<A>& at, int64_t count, Storage& storage) {
+    const A values[] = {at.mean, at.rstd, at.offset, at.c2, at.c3};
+    for (int k = 0; k < 5; k++) std::fill_n(storage.values[k], count, values[k]);
+    return {storage.values[0], storage.values[1], storage.values[2], storage.values[3], storage.values[4], at.weight, at.bias};
+  }
 
   Moments chunk_moments(int64_t group, int64_t chunk) const {
     const int64_t begin = chunk * kChunk;
     return loop.moments(x + group * s.n() + begin, std::min(kChunk, s.n() - begin));
   }
 
-  // f(offset in the tensor, length, channel (n*C + c)) for the rows that elements [begin, end) of a group consist of
-  template <typename F>
-  void rows_between(int64_t group, int64_t begin, int64_t end, const F& f) const {
-    while (begin < end) {
-      const int64_t channel = begin / s.S, stop = std::min(end, (channel + 1) * s.S);
-      f(group * s.n() + begin, stop - begin, group * s.D() + channel);
-      begin = stop;
-    }
-  }
-
-  Coefficients<A> with_affine(Coefficients<A> at, int64_t channel) const {  // channel is n*C + c
-    const int64_t i = (channel / s.C) * affine.stride + channel % s.C;
-    at.weight = affine.weight[i];
-    at.bias = affine.bias[i];
-    at.c1 = at.rstd * at.weight;
-    return at;
-  }
-
-  // S == 1: the channels [begin, begin + count) of a group, coefficients as vectors in `storage`
-  Coefficients<const A*> as_columns(const Coefficients<A>& at, int64_t group, int64_t begin, int64_t count, A (*storage)[kColumns]) const {
-    const int64_t i = (group / s.G) * affine.stride + (group * s.D()) % s.C + begin;
-    const A *weight = affine.weight + i, *bias = affine.bias + i;
-    for (int64_t c = 0; c < count; c++) {
-      storage[0][c] = at.mean;
-      storage[1][c] = at.rstd;
-      storage[2][c] = at.offset;
-      storage[3][c] = at.rstd * weight[c];
-      storage[4][c] = at.c2;
-      storage[5][c] = at.c3;
-    }
-    return {storage[0], storage[1], storage[2], weight, bias, storage[3], storage[4], storage[5]};
-  }
-
-  void apply_piece(T* y, const Coefficients<A>& at, int64_t group, int64_t index) const {
-    const int64_t begin = index * piece(), end = std::min(begin + piece(), s.n());
+  void apply_piece(T* y, const Rows<A>& group_at, int64_t group, int64_t index) const {
+    const Piece p = piece(index);
+    const Rows<A> at = from_channel(group_at, p.channel);
     if (s.S == 1) {
-      A storage[6][kColumns];
-      const int64_t offset = group * s.n() + begin;
-      const auto columns = as_columns(at, group, begin, end - begin, storage);
-      return loop.columns({y + offset, x + offset, shifted(residual, offset), columns}, 1, end - begin, 0, options);
+      Storage storage;
+      return loop.columns(forward_from(y, p.offset(s, group), as_columns(at, p.rows, storage)), 1, p.rows, options);
     }
-    rows_between(group, begin, end, [&](int64_t offset, int64_t length, int64_t channel) {
-      loop.row({y + offset, x + offset, shifted(residual, offset), with_affine(at, channel)}, length, options);
-    });
+    loop.rows(forward_from(y, p.offset(s, group), at), p.rows, p.length, options);
   }
 
   void forward_rows(T* y, double eps) {
-    const int64_t groups = s.N * s.G, chunks = ceil_div(s.n(), kChunk), pieces = ceil_div(s.n(), piece());
-    if (enough(groups, s.n())) {
-      return parallel(groups, s.n(), [&](int64_t group) {
+    const int64_t chunks = ceil_div(s.n(), kChunk);
+    if (enough(s.groups(), s.n())) {
+      return parallel(s.groups(), s.n(), [&](int64_t group) {
         Moments few[16];
         auto many = chunks > 16 ? buffer<Moments>(chunks) : nullptr;
-        Moments* blocks = many ? many.get() : few;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) blocks[chunk] = chunk_moments(group, chunk);
-        save(group, merge_blocks(blocks, chunks, 1), eps);
-        const auto at = coefficients(group);
-        for (int64_t index = pieces; index-- > 0;) apply_piece(y, at, group, index);  // backwards: the end is still in the cache
+        Moments* sets = many ? many.get() : few;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) sets[chunk] = chunk_moments(group, chunk);
+        save(group, merge(sets, chunks, 1), eps);
+        const Rows<A> at = coefficients(group);
+        for (int64_t index = pieces(); index-- > 0;) apply_piece(y, at, group, index);  // backwards: the end is still in the cache
       });
     }
-    auto blocks = buffer<Moments>(groups * chunks);
-    parallel(groups * chunks, kChunk, [&](int64_t i) { blocks[i] = chunk_moments(i / chunks, i % chunks); });
-    for (int64_t group = 0; group < groups; group++) save(group, merge_blocks(&blocks[group * chunks], chunks, 1), eps);
-    parallel(groups * pieces, piece(), [&](int64_t i) {
-      i = groups * pieces - 1 - i;
-      apply_piece(y, coefficients(i / pieces), i / pieces, i % pieces);
+    auto sets = buffer<Moments>(s.groups() * chunks);
+    parallel(s.groups() * chunks, kChunk, [&](int64_t i) { sets[i] = chunk_moments(i / chunks, i % chunks); });
+    for (int64_t group = 0; group < s.groups(); group++) save(group, merge(&sets[group * chunks], chunks, 1), eps);
+    const int64_t steps = s.groups() * pieces();
+    parallel(steps, s.n() / pieces(), [&](int64_t i) {
+      const int64_t group = (steps - 1 - i) / pieces();
+      apply_piece(y, coefficients(group), group, (steps - 1 - i) % pieces());
     });
   }
 
-  // sums over elements [begin, begin + kChunk) of a channel
-  void sum_block(A* out, const T* dy, int64_t channel, int64_t begin) const {
-    const int64_t offset = channel * s.S + begin;
-    const auto at = with_affine(coefficients(channel / s.D()), channel);
-    loop.row_sums(out, {nullptr, nullptr, dy + offset, x + offset, shifted(residual, offset), at}, std::min(kChunk, s.S - begin), options);
-  }
-
-  void sum_channel(A* sums, const A* blocks, int64_t count, int64_t channel) const {
-    double sum_dt = 0, sum_dt_xhat = 0;
-    for (int64_t b = 0; b < count; b++) {
-      sum_dt += blocks[2 * b];
-      sum_dt_xhat += blocks[2 * b + 1];
-    }
-    sums[channel] = static_cast<A>(sum_dt_xhat);
-    sums[s.N * s.C + channel] = static_cast<A>(sum_dt);
-  }
-
-  // S == 1: the sums are the products themselves
+  // sums of a piece, into (parts, 2, N, C)
   void sum_piece(A* sums, const T* dy, int64_t group, int64_t index) const {
-    const int64_t begin = index * kColumns, count = std::min(kColumns, s.n() - begin), offset = group * s.n() + begin;
-    A storage[6][kColumns];
-    const auto columns = as_columns(coefficients(group), group, begin, count, storage);
-    std::fill_n(sums + offset, count, A(0));
-    std::fill_n(sums + s.N * s.C + offset, count, A(0));
-    loop.column_sums(sums + s.N * s.C + offset, sums + offset, {nullptr, nullptr, dy + offset, x + offset, shifted(residual, offset), columns},
-                     1, count, 0, options);
+    const Piece p = piece(index);
+    const Rows<A> at = from_channel(coefficients(group), p.channel);
+    A* sum_dt_xhat = sums + p.part * 2 * s.N * s.C + group * s.D() + p.channel;
+    A* sum_dt = sum_dt_xhat + s.N * s.C;
+    const int64_t offset = p.offset(s, group);
+    if (s.S == 1) {
+      Storage storage;
+      std::fill_n(sum_dt_xhat, p.rows, A(0));
+      std::fill_n(sum_dt, p.rows, A(0));
+      const auto columns = as_columns(at, p.rows, storage);
+      return loop.column_sums(sum_dt_xhat, sum_dt, backward_from(nullptr, nullptr, dy, offset, columns), 1, p.rows, options);
+    }
+    loop.row_sums(sum_dt_xhat, sum_dt, backward_from(nullptr, nullptr, dy, offset, at), p.rows, p.length, options);
   }
 
-  void backward_piece(T* dx, T* dt, const T* dy, const Coefficients<A>& at, int64_t group, int64_t index) const {
-    const int64_t begin = index * piece(), end = std::min(begin + piece(), s.n());
+  void backward_piece(T* dx, T* dt, const T* dy, const Rows<A>& group_at, int64_t group, int64_t index) const {
+    const Piece p = piece(index);
+    const Rows<A> at = from_channel(group_at, p.channel);
     if (s.S == 1) {
-      A storage[6][kColumns];
-      const int64_t offset = group * s.n() + begin;
-      const auto columns = as_columns(at, group, begin, end - begin, storage);
-      return loop.column_backward({shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), columns}, 1,
-                                  end - begin, 0, options);
+      Storage storage;
+      return loop.column_backward(backward_from(dx, dt, dy, p.offset(s, group), as_columns(at, p.rows, storage)), 1, p.rows, options);
     }
-    rows_between(group, begin, end, [&](int64_t offset, int64_t length, int64_t channel) {
-      loop.row_backward(
-          {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), with_affine(at, channel)}, length, options);
-    });
+    loop.row_backward(backward_from(dx, dt, dy, p.offset(s, group), at), p.rows, p.length, options);
   }
 
   void backward_rows(T* dx, T* dt, A* sums, const T* dy) {
-    const int64_t groups = s.N * s.G, pieces = ceil_div(s.n(), piece()), blocks = ceil_div(s.S, kChunk);
     const bool apply = dx || dt;
-    if (enough(groups, s.n())) {
-      return parallel(groups, s.n(), [&](int64_t group) {
-        if (s.S == 1) {
-          for (int64_t index = 0; index < pieces; index++) sum_piece(sums, dy, group, index);
-        } else {
-          for (int64_t channel = group * s.D(); channel < (group + 1) * s.D(); channel++) {
-            double sum_dt = 0, sum_dt_xhat = 0;
-            for (int64_t b = 0; b < blocks; b++) {
-              A part[2];
-              sum_block(part, dy, channel, b * kChunk);
-              sum_dt += part[0];
-              sum_dt_xhat += part[1];
-            }
-            sums[channel] = static_cast<A>(sum_dt_xhat);
-            sums[s.N * s.C + channel] = static_cast<A>(sum_dt);
-          }
-        }
+    auto several = parts() > 1 ? buffer<A>(parts() * 2 * s.N * s.C) : nullptr;
+    A* partial = several ? several.get() : sums;
+    auto fold = [&](int64_t group) {
+      if (several)
+        for (int64_t k = 0; k < 2; k++) fold_parts(sums + k * s.N * s.C + group * s.D(), partial + k * s.N * s.C + group * s.D(), s.D(), parts(), 2 * s.N * s.C);
+    };
+    if (enough(s.groups(), s.n())) {
+      return parallel(s.groups(), s.n(), [&](int64_t group) {
+        for (int64_t index = 0; index < pieces(); index++) sum_piece(partial, dy, group, index);
+        fold(group);
         if (!apply) return;
-        const auto at = backward_coefficients(group, sums);
-        for (int64_t index = pieces; index-- > 0;) backward_piece(dx, dt, dy, at, group, index);
+        const Rows<A> at = coefficients(group, sums);
+        for (int64_t index = pieces(); index-- > 0;) backward_piece(dx, dt, dy, at, group, index);
       });
     }
-    if (s.S == 1) {
-      parallel(groups * pieces, kColumns, [&](int64_t i) { sum_piece(sums, dy, i / pieces, i % pieces); });
-    } else {
-      auto parts = buffer<A>(2 * s.N * s.C * blocks);
-      parallel(s.N * s.C * blocks, std::min(s.S, kChunk), [&](int64_t i) { sum_block(&parts[2 * i], dy, i / blocks, i % blocks * kChunk); });
-      for (int64_t channel = 0; channel < s.N * s.C; channel++) sum_channel(sums, &parts[2 * channel * blocks], blocks, channel);
-    }
+    const int64_t steps = s.groups() * pieces(), step_size = s.n() / pieces();
+    parallel(steps, step_size, [&](int64_t i) { sum_piece(partial, dy, i / pieces(), i % pieces()); });
+    for (int64_t group = 0; group < s.groups(); group++) fold(group);
     if (!apply) return;
-    auto at = buffer<Coefficients<A>>(groups);
-    for (int64_t group = 0; group < groups; group++) at[group] = backward_coefficients(group, sums);
-    parallel(groups * pieces, piece(), [&](int64_t i) {
-      i = groups * pieces - 1 - i;
-      backward_piece(dx, dt, dy, at[i / pieces], i / pieces, i % pieces);
+    auto at = buffer<Rows<A>>(s.groups());
+    for (int64_t group = 0; group < s.groups(); group++) at[group] = coefficients(group, sums);
+    parallel(steps, step_size, [&](int64_t i) {
+      const int64_t group = (steps - 1 - i) / pieces();
+      backward_piece(dx, dt, dy, at[group], group, (steps - 1 - i) % pieces());
     });
   }
 
-  // ---- channels last: a block of pixels with all channels ----
-
-  int64_t block_pixels() const { return std::max<int64_t>(32, 16384 / s.C); }  // what is read twice fits the L2 cache
-  int64_t sum_pixels() const { return std::max<int64_t>(128, 65536 / s.C); }   // sums per block are few beside what they sum
-
-  // moments of all groups over one block of pixels
-  void block_moments(Moments* out, int64_t sample, int64_t block, A* scratch) const {
-    const int64_t begin = block * block_pixels(), pixels = std::min(block_pixels(), s.S - begin);
-    const T* start = x + (sample * s.S + begin) * s.C;
-    const double count = static_cast<double>(pixels) * s.D();
-    A *center = scratch, *sums = scratch + s.C, *squares = scratch + 2 * s.C;
-    for (int64_t c = 0; c < s.C; c++) center[c] = load<1>(start + c);
-    std::fill_n(sums, s.C, A(0));
-    loop.column_moments(sums, nullptr, start, center, pixels, s.C, s.C);
-    for (int64_t group = 0; group < s.G; group++) {
+  // out[i] = sum over `count` parts, `stride` apart
+  static void fold_parts(A* out, const A* partial, int64_t n, int64_t count, int64_t stride) {
+    for (int64_t i = 0; i < n; i++) {
       double total = 0;
-      for (int64_t c = group * s.D(); c < (group + 1) * s.D(); c++) total += static_cast<double>(sums[c]) + static_cast<double>(center[c]) * pixels;
-      std::fill_n(center + group * s.D(), s.D(), static_cast<A>(total / count));
+      for (int64_t part = 0; part < count; part++) total += partial[part * stride + i];
+      out[i] = static_cast<A>(total);
+    }
+  }
+
+  // ---- channels last: blocks of pixels with all their channels ----
+
+  int64_t block_pixels() const { return std::max<int64_t>(32, kGrain / s.C); }  // 128 KB in float: what is read twice fits the L2 cache
+  int64_t blocks() const { return ceil_div(s.S, block_pixels()); }
+  int64_t pixels_of(int64_t block) const { return std::min(block_pixels(), s.S - block * block_pixels()); }
+  int64_t offset_of(int64_t sample, int64_t block) const { return (sample * s.S + block * block_pixels()) * s.C; }
+
+  // moments of all groups over one block; scratch: 3*C
+  void block_moments(Moments* out, int64_t sample, int64_t block, A* scratch) const {
+    const int64_t pixels = pixels_of(block), D = s.D();
+    const T* start = x + offset_of(sample, block);
+    const double count = static_cast<double>(pixels) * D;
+    A *center = scratch, *sums = scratch + s.C, *squares = scratch + 2 * s.C;
+    for (int64_t group = 0; group < s.G; group++) std::fill_n(center + group * D, D, load<1>(start + group * D));
+    std::fill_n(sums, s.C, A(0));
+    loop.column_moments(sums, nullptr, start, center, pixels, s.C);
+    for (int64_t group = 0; group < s.G; group++) {
+      A* middle = center + group * D;
+      std::fill_n(middle, D, static_cast<A>(*middle + sum_of(sums + group * D, D) / count));
     }
     std::fill_n(sums, 2 * s.C, A(0));
-    loop.column_moments(sums, squares, start, center, pixels, s.C, s.C);
+    loop.column_moments(sums, squares, start, center, pixels, s.C);
     for (int64_t group = 0; group < s.G; group++) {
-      double low = 0, m2 = 0;
-      for (int64_t c = group * s.D(); c < (group + 1) * s.D(); c++) {
-        low += sums[c];
-        m2 += squares[c];
-      }
-      const A middle = center[group * s.D()];
-      if (std::isinf(m2)) m2 = wide_squares(start + group * s.D(), middle, pixels);
-      low /= count;
-      out[group] = {count, static_cast<double>(middle) + low, std::max(m2 - low * low * count, m2 * 0)};
+      const A middle = center[group * D];
+      const double low = sum_of(sums + group * D, D) / count;
+      double m2 = sum_of(squares + group * D, D);
+      if (std::isinf(m2)) m2 = wide_squares(start + group * D, middle, pixels);
+      m2 -= low * low * count;
+      out[group] = {count, static_cast<double>(middle) + low, m2 < 0 ? 0 : m2};
     }
   }
 
@@ -346,107 +336,91 @@ class GroupNorm {
     return m2;
   }
 
-  // vectors over channels for one sample; c1, c2, c3 only where sums are given
-  Coefficients<const A*> sample_coefficients(int64_t sample, const A* sums, A* storage) const {
-    for (int64_t group = 0; group < s.G; group++) {
-      const auto at = sums ? backward_coefficients(sample * s.G + group, sums) : coefficients(sample * s.G + group);
-      const int64_t begin = group * s.D();
+  // vectors over the channels of one sample in storage (5*C); c2 and c3 only where sums are given
+  Columns<A> sample_coefficients(int64_t sample, const A* sums, A* storage) const {
+    for (int64_t group = sample * s.G; group < (sample + 1) * s.G; group++) {
+      const Rows<A> at = sums ? coefficients(group, sums) : coefficients(group);
       const A values[] = {at.mean, at.rstd, at.offset, at.c2, at.c3};
-      for (int64_t k = 0; k < (sums ? 5 : 3); k++) std::fill_n(storage + k * s.C + begin, s.D(), values[k]);
+      for (int64_t k = 0; k < (sums ? 5 : 3); k++) std::fill_n(storage + k * s.C + group % s.G * s.D(), s.D(), values[k]);
     }
-    const A* weight = affine.weight + sample * affine.stride;
-    if (sums)
-      for (int64_t c = 0; c < s.C; c++) storage[5 * s.C + c] = storage[s.C + c] * weight[c];
-    return {storage, storage + s.C, storage + 2 * s.C, weight, affine.bias + sample * affine.stride, storage + 5 * s.C, storage + 3 * s.C,
-            storage + 4 * s.C};
+    const int64_t first = parameter(sample * s.G);
+    return {storage, storage + s.C, storage + 2 * s.C, storage + 3 * s.C, storage + 4 * s.C, affine.weight + first, affine.bias + first};
   }
 
-  void apply_block(T* y, const Coefficients<const A*>& at, int64_t sample, int64_t block) const {
-    const int64_t begin = block * block_pixels(), pixels = std::min(block_pixels(), s.S - begin), offset = (sample * s.S + begin) * s.C;
-    loop.columns({y + offset, x + offset, shifted(residual, offset), at}, pixels, s.C, s.C, options);
+  void apply_block(T* y, const Columns<A>& at, int64_t sample, int64_t block) const {
+    loop.columns(forward_from(y, offset_of(sample, block), at), pixels_of(block), s.C, options);
   }
 
   void forward_columns(T* y, double eps) {
-    const int64_t blocks = ceil_div(s.S, block_pixels()), block_size = block_pixels() * s.C;
-    auto fold = [&](int64_t sample, const Moments* parts) {
-      for (int64_t group = 0; group < s.G; group++) save(sample * s.G + group, merge_blocks(parts + group, blocks, s.G), eps);
+    auto fold = [&](int64_t sample, const Moments* sets) {
+      for (int64_t group = 0; group < s.G; group++) save(sample * s.G + group, merge(sets + group, blocks(), s.G), eps);
     };
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
-        auto parts = buffer<Moments>(blocks * s.G);
-        auto storage = buffer<A>(3 * s.C);
-        for (int64_t block = 0; block < blocks; block++) block_moments(&parts[block * s.G], sample, block, storage.get());
-        fold(sample, parts.get());
+        auto sets = buffer<Moments>(blocks() * s.G);
+        auto storage = buffer<A>(5 * s.C);
+        for (int64_t block = 0; block < blocks(); block++) block_moments(&sets[block * s.G], sample, block, storage.get());
+        fold(sample, sets.get());
         const auto at = sample_coefficients(sample, nullptr, storage.get());
-        for (int64_t block = blocks; block-- > 0;) apply_block(y, at, sample, block);
+        for (int64_t block = blocks(); block-- > 0;) apply_block(y, at, sample, block);
       });
     }
-    auto parts = buffer<Moments>(s.N * blocks * s.G);
-    parallel(s.N * blocks, block_size, [&](int64_t i) {
+    const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
+    auto sets = buffer<Moments>(steps * s.G);
+    parallel(steps, step_size, [&](int64_t i) {
       auto scratch = buffer<A>(3 * s.C);
-      block_moments(&parts[i * s.G], i / blocks, i % blocks, scratch.get());
+      block_moments(&sets[i * s.G], i / blocks(), i % blocks(), scratch.get());
     });
-    auto storage = buffer<A>(s.N * 3 * s.C);
-    auto at = buffer<Coefficients<const A*>>(s.N);
+    auto storage = buffer<A>(s.N * 5 * s.C);
+    auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) {
-      fold(sample, &parts[sample * blocks * s.G]);
-      at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 3 * s.C]);
+      fold(sample, &sets[sample * blocks() * s.G]);
+      at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 5 * s.C]);
     }
-    parallel(s.N * blocks, block_size, [&](int64_t i) {
-      i = s.N * blocks - 1 - i;
-      apply_block(y, at[i / blocks], i / blocks, i % blocks);
+    parallel(steps, step_size, [&](int64_t i) {
+      i = steps - 1 - i;
+      apply_block(y, at[i / blocks()], i / blocks(), i % blocks());
     });
   }
 
-  void sum_pixels_block(A* parts, const T* dy, const Coefficients<const A*>& at, int64_t sample, int64_t block) const {
-    const int64_t begin = block * sum_pixels(), pixels = std::min(sum_pixels(), s.S - begin), offset = (sample * s.S + begin) * s.C;
-    std::fill_n(parts, 2 * s.C, A(0));
-    loop.column_sums(parts + s.C, parts, {nullptr, nullptr, dy + offset, x + offset, shifted(residual, offset), at}, pixels, s.C, s.C, options);
+  void sum_block(A* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {  // out: (2, C)
+    std::fill_n(out, 2 * s.C, A(0));
+    loop.column_sums(out, out + s.C, backward_from(nullptr, nullptr, dy, offset_of(sample, block), at), pixels_of(block), s.C, options);
   }
 
-  void fold_sums(A* sums, const A* parts, int64_t blocks, int64_t sample) const {
-    for (int64_t k = 0; k < 2; k++)
-      for (int64_t c = 0; c < s.C; c++) {
-        double total = 0;
-        for (int64_t b = 0; b < blocks; b++) total += parts[(2 * b + k) * s.C + c];
-        sums[(k * s.N + sample) * s.C + c] = static_cast<A>(total);
-      }
-  }
-
-  void backward_block(T* dx, T* dt, const T* dy, const Coefficients<const A*>& at, int64_t sample, int64_t block) const {
-    const int64_t begin = block * block_pixels(), pixels = std::min(block_pixels(), s.S - begin), offset = (sample * s.S + begin) * s.C;
-    loop.column_backward({shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at}, pixels, s.C, s.C,
-                         options);
+  void backward_block(T* dx, T* dt, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {
+    loop.column_backward(backward_from(dx, dt, dy, offset_of(sample, block), at), pixels_of(block), s.C, options);
   }
 
   void backward_columns(T* dx, T* dt, A* sums, const T* dy) {
-    const int64_t blocks = ceil_div(s.S, block_pixels()), sum_blocks = ceil_div(s.S, sum_pixels());
     const bool apply = dx || dt;
+    auto fold = [&](int64_t sample, const A* partial) {
+      for (int64_t k = 0; k < 2; k++) fold_parts(sums + (k * s.N + sample) * s.C, partial + k * s.C, s.C, blocks(), 2 * s.C);
+    };
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
-        auto storage = buffer<A>(6 * s.C), parts = buffer<A>(sum_blocks * 2 * s.C);
-        const auto forward_at = sample_coefficients(sample, nullptr, storage.get());
-        for (int64_t block = 0; block < sum_blocks; block++) sum_pixels_block(&parts[block * 2 * s.C], dy, forward_at, sample, block);
-        fold_sums(sums, parts.get(), sum_blocks, sample);
+        auto storage = buffer<A>(5 * s.C), partial = buffer<A>(blocks() * 2 * s.C);
+        auto at = sample_coefficients(sample, nullptr, storage.get());
+        for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block);
+        fold(sample, partial.get());
         if (!apply) return;
-        const auto at = sample_coefficients(sample, sums, storage.get());
-        for (int64_t block = blocks; block-- > 0;) backward_block(dx, dt, dy, at, sample, block);
+        at = sample_coefficients(sample, sums, storage.get());
+        for (int64_t block = blocks(); block-- > 0;) backward_block(dx, dt, dy, at, sample, block);
       });
     }
-    auto storage = buffer<A>(s.N * 6 * s.C), parts = buffer<A>(s.N * sum_blocks * 2 * s.C);
-    auto at = buffer<Coefficients<const A*>>(s.N);
-    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 6 * s.C]);
-    parallel(s.N * sum_blocks, sum_pixels() * s.C, [&](int64_t i) {
-      sum_pixels_block(&parts[i * 2 * s.C], dy, at[i / sum_blocks], i / sum_blocks, i % sum_blocks);
-    });
+    const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
+    auto storage = buffer<A>(s.N * 5 * s.C), partial = buffer<A>(steps * 2 * s.C);
+    auto at = buffer<Columns<A>>(s.N);
+    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 5 * s.C]);
+    parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks()); });
     for (int64_t sample = 0; sample < s.N; sample++) {
-      fold_sums(sums, &parts[sample * sum_blocks * 2 * s.C], sum_blocks, sample);
-      if (apply) at[sample] = sample_coefficients(sample, sums, &storage[sample * 6 * s.C]);
+      fold(sample, &partial[sample * blocks() * 2 * s.C]);
+      if (apply) sample_coefficients(sample, sums, &storage[sample * 5 * s.C]);
     }
     if (!apply) return;
-    parallel(s.N * blocks, block_pixels() * s.C, [&](int64_t i) {
-      i = s.N * blocks - 1 - i;
-      backward_block(dx, dt, dy, at[i / blocks], i / blocks, i % blocks);
+    parallel(steps, step_size, [&](int64_t i) {
+      i = steps - 1 - i;
+      backward_block(dx, dt, dy, at[i / blocks()], i / blocks(), i % blocks());
     });
   }
 };

@@ -33,7 +33,16 @@ template <typename E, int W>
 using Vec = typename VecOf<E, W>::type;
 
 template <typename V>
-using Scalar = std::conditional_t<std::is_floating_point_v<V>, V, std::conditional_t<std::is_same_v<V, Vec<double, 8>>, double, float>>;
+constexpr auto scalar_of() {
+  if constexpr (std::is_floating_point_v<V>) {
+    return V{};
+  } else {
+    V v{};
+    return v[0];
+  }
+}
+template <typename V>
+using Scalar = decltype(scalar_of<V>());
 template <typename V>
 constexpr int kLanes = sizeof(V) / sizeof(Scalar<V>);
 
@@ -99,13 +108,14 @@ NORMOPS_ALWAYS void store(T* p, V v) {
 }
 
 template <typename V>
-NORMOPS_ALWAYS Scalar<V> sum_lanes(V v) {
+NORMOPS_ALWAYS Scalar<V> sum_lanes(V v) {  // a tree: log2(lanes) additions in a row
   if constexpr (kLanes<V> == 1) {
     return v;
   } else {
-    Scalar<V> total = 0;
-    for (int i = 0; i < kLanes<V>; i++) total += v[i];
-    return total;
+    struct Halves {
+      Vec<Scalar<V>, kLanes<V> / 2> low, high;
+    } halves = bitcast<Halves>(v);
+    return sum_lanes(Vec<Scalar<V>, kLanes<V> / 2>(halves.low + halves.high));
   }
 }
 
@@ -140,7 +150,7 @@ NORMOPS_ALWAYS V exp_(V x) {
     return lanewise(x, [](double e) { return std::exp(e); });
   } else {
     using U = Vec<uint32_t, kLanes<V>>;
-    const V low = V{} - 87.0f, high = V{} + 88.0f;
+    const V low = V{} - 80.0f, high = V{} + 80.0f;  // beyond, the callers are at their limits; products stay normal numbers
     x = x < low ? low : x;
     x = x > high ? high : x;
     V shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5*2^23: the sum's last bits are the nearest integer of x*log2(e)
@@ -186,7 +196,7 @@ NORMOPS_ALWAYS V tanh_(V x) {
 }
 
 template <typename V>
-NORMOPS_ALWAYS V erf_(V x) {
+NORMOPS_ALWAYS V erf_(V x, V exp_minus_square) {
   if constexpr (kIsDouble<V>) {
     return lanewise(x, [](double e) { return std::erf(e); });
   } else {  // minimax: x*P(x^2) below 1, 1 - exp(-x^2)*Q(1/(1+|x|)) above
@@ -204,7 +214,7 @@ NORMOPS_ALWAYS V erf_(V x) {
     q = q * s + 0.4835969806f;
     q = q * s + 0.5725819468f;
     q = q * s - 0.0003644574f;
-    V far = 1.0f - exp_(V(-z)) * q;
+    V far = 1.0f - exp_minus_square * q;
     far = x < V{} ? -far : far;
     return a < V{} + 1.0f ? x * p : far;
   }
