@@ -160,16 +160,16 @@ class GroupNorm {
     return at;
   }
 
-  // ---- channels first: a group is contiguous, its channels are rows; with S == 1 they are columns of one pixel ----
+  // ---- channels first: a group is contiguous, its channels are rows; with S == 1 it is a line ----
 
-  static constexpr int64_t kPiece = 16384, kColumns = 1024;
+  static constexpr int64_t kPiece = 16384;
 
   struct Piece {  // elements [begin, begin + length) of `rows` channels from `channel` on; several rows are whole
     int64_t channel, rows, begin, length, part;
     int64_t offset(const Shape& s, int64_t group) const { return (group * s.D() + channel) * s.S + begin; }
   };
   int64_t parts() const { return ceil_div(s.S, kPiece); }  // of one channel
-  int64_t rows_per_piece() const { return s.S == 1 ? kColumns : std::max<int64_t>(1, kPiece / s.S); }
+  int64_t rows_per_piece() const { return std::max<int64_t>(1, kPiece / s.S); }
   int64_t pieces() const { return ceil_div(s.D(), rows_per_piece()) * parts(); }  // of one group
   Piece piece(int64_t index) const {
     const int64_t part = index % parts(), channel = index / parts() * rows_per_piece(), begin = part * kPiece;
@@ -182,28 +182,19 @@ class GroupNorm {
     return at;
   }
 
-  struct Storage {
-    A values[5][kColumns];
-  };
-  static Columns<A> as_columns(const Rows<A>& at, int64_t count, Storage& storage) {
-    const A values[] = {at.mean, at.rstd, at.offset, at.c2, at.c3};
-    for (int k = 0; k < 5; k++) std::fill_n(storage.values[k], count, values[k]);
-    return {storage.values[0], storage.values[1], storage.values[2], storage.values[3], storage.values[4], at.weight, at.bias};
-  }
-
-  Moments chunk_moments(int64_t group, int64_t chunk) const {
+  Moments chunk_moments(int64_t group, int64_t chunk, const Moments* first) const {  // first: of the group's first chunk, when known
     const int64_t begin = chunk * kChunk;
-    return loop.moments(x + group * s.n() + begin, std::min(kChunk, s.n() - begin));
+    const A center = first ? static_cast<A>(first->mean) : 0;
+    return loop.moments(x + group * s.n() + begin, std::min(kChunk, s.n() - begin), first ? &center : nullptr);
   }
 
   void apply_piece(T* y, const Rows<A>& group_at, int64_t group, int64_t index) const {
     const Piece p = piece(index);
-    const Rows<A> at = from_channel(group_at, p.channel);
-    if (s.S == 1) {
-      Storage storage;
-      return loop.columns(forward_from(y, p.offset(s, group), as_columns(at, p.rows, storage)), 1, p.rows, options);
-    }
-    loop.rows(forward_from(y, p.offset(s, group), at), p.rows, p.length, options);
+    const auto rows = forward_from(y, p.offset(s, group), from_channel(group_at, p.channel));
+    if (s.S == 1)
+      loop.line(rows, p.rows, options);
+    else
+      loop.rows(rows, p.rows, p.length, options);
   }
 
   void forward_rows(T* y, double eps) {
@@ -213,14 +204,18 @@ class GroupNorm {
         Moments few[16];
         auto many = chunks > 16 ? buffer<Moments>(chunks) : nullptr;
         Moments* sets = many ? many.get() : few;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) sets[chunk] = chunk_moments(group, chunk);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) sets[chunk] = chunk_moments(group, chunk, chunk ? sets : nullptr);
         save(group, merge(sets, chunks, 1), eps);
         const Rows<A> at = coefficients(group);
         for (int64_t index = pieces(); index-- > 0;) apply_piece(y, at, group, index);  // backwards: the end is still in the cache
       });
     }
     auto sets = buffer<Moments>(s.groups() * chunks);
-    parallel(s.groups() * chunks, kChunk, [&](int64_t i) { sets[i] = chunk_moments(i / chunks, i % chunks); });
+    for (int64_t group = 0; group < s.groups(); group++) sets[group * chunks] = chunk_moments(group, 0, nullptr);
+    parallel(s.groups() * (chunks - 1), kChunk, [&](int64_t i) {
+      const int64_t group = i / (chunks - 1), chunk = i % (chunks - 1) + 1;
+      sets[group * chunks + chunk] = chunk_moments(group, chunk, &sets[group * chunks]);
+    });
     for (int64_t group = 0; group < s.groups(); group++) save(group, merge(&sets[group * chunks], chunks, 1), eps);
     const int64_t steps = s.groups() * pieces();
     parallel(steps, s.n() / pieces(), [&](int64_t i) {
@@ -232,28 +227,22 @@ class GroupNorm {
   // sums of a piece, into (parts, 2, N, C)
   void sum_piece(A* sums, const T* dy, int64_t group, int64_t index) const {
     const Piece p = piece(index);
-    const Rows<A> at = from_channel(coefficients(group), p.channel);
+    const auto rows = backward_from(nullptr, nullptr, dy, p.offset(s, group), from_channel(coefficients(group), p.channel));
     A* sum_dt_xhat = sums + p.part * 2 * s.N * s.C + group * s.D() + p.channel;
     A* sum_dt = sum_dt_xhat + s.N * s.C;
-    const int64_t offset = p.offset(s, group);
-    if (s.S == 1) {
-      Storage storage;
-      std::fill_n(sum_dt_xhat, p.rows, A(0));
-      std::fill_n(sum_dt, p.rows, A(0));
-      const auto columns = as_columns(at, p.rows, storage);
-      return loop.column_sums(sum_dt_xhat, sum_dt, backward_from(nullptr, nullptr, dy, offset, columns), 1, p.rows, options);
-    }
-    loop.row_sums(sum_dt_xhat, sum_dt, backward_from(nullptr, nullptr, dy, offset, at), p.rows, p.length, options);
+    if (s.S == 1)
+      loop.line_sums(sum_dt_xhat, sum_dt, rows, p.rows, options);
+    else
+      loop.row_sums(sum_dt_xhat, sum_dt, rows, p.rows, p.length, options);
   }
 
   void backward_piece(T* dx, T* dt, const T* dy, const Rows<A>& group_at, int64_t group, int64_t index) const {
     const Piece p = piece(index);
-    const Rows<A> at = from_channel(group_at, p.channel);
-    if (s.S == 1) {
-      Storage storage;
-      return loop.column_backward(backward_from(dx, dt, dy, p.offset(s, group), as_columns(at, p.rows, storage)), 1, p.rows, options);
-    }
-    loop.row_backward(backward_from(dx, dt, dy, p.offset(s, group), at), p.rows, p.length, options);
+    const auto rows = backward_from(dx, dt, dy, p.offset(s, group), from_channel(group_at, p.channel));
+    if (s.S == 1)
+      loop.line_backward(rows, p.rows, options);
+    else
+      loop.row_backward(rows, p.rows, p.length, options);
   }
 
   void backward_rows(T* dx, T* dt, A* sums, const T* dy) {
@@ -301,27 +290,33 @@ class GroupNorm {
   int64_t pixels_of(int64_t block) const { return std::min(block_pixels(), s.S - block * block_pixels()); }
   int64_t offset_of(int64_t sample, int64_t block) const { return (sample * s.S + block * block_pixels()) * s.C; }
 
-  // moments of all groups over one block; scratch: 3*C
-  void block_moments(Moments* out, int64_t sample, int64_t block, A* scratch) const {
+  // Moments of all groups over one block. `center` (C) holds a mean per channel: a guess, or, in a sample's first block, what is found here.
+  void block_moments(Moments* out, int64_t sample, int64_t block, A* center, bool known) const {
     const int64_t pixels = pixels_of(block), D = s.D();
     const T* start = x + offset_of(sample, block);
     const double count = static_cast<double>(pixels) * D;
-    A *center = scratch, *sums = scratch + s.C, *squares = scratch + 2 * s.C;
-    for (int64_t group = 0; group < s.G; group++) std::fill_n(center + group * D, D, load<1>(start + group * D));
-    std::fill_n(sums, s.C, A(0));
-    loop.column_moments(sums, nullptr, start, center, pixels, s.C);
-    for (int64_t group = 0; group < s.G; group++) {
-      A* middle = center + group * D;
-      std::fill_n(middle, D, static_cast<A>(*middle + sum_of(sums + group * D, D) / count));
+    auto sums = buffer<A>(2 * s.C);
+    if (!known) {
+      for (int64_t group = 0; group < s.G; group++) std::fill_n(center + group * D, D, load<1>(start + group * D));
+      std::fill_n(sums.get(), s.C, A(0));
+      loop.column_moments(sums.get(), nullptr, start, center, pixels, s.C);
+      for (int64_t group = 0; group < s.G; group++) {
+        A* middle = center + group * D;
+        std::fill_n(middle, D, static_cast<A>(*middle + sum_of(&sums[group * D], D) / count));
+      }
     }
-    std::fill_n(sums, 2 * s.C, A(0));
-    loop.column_moments(sums, squares, start, center, pixels, s.C);
+    std::fill_n(sums.get(), 2 * s.C, A(0));
+    loop.column_moments(sums.get(), &sums[s.C], start, center, pixels, s.C);
     for (int64_t group = 0; group < s.G; group++) {
       const A middle = center[group * D];
-      const double low = sum_of(sums + group * D, D) / count;
-      double m2 = sum_of(squares + group * D, D);
+      const double low = sum_of(&sums[group * D], D) / count;
+      double m2 = sum_of(&sums[s.C + group * D], D);
       if (std::isinf(m2)) m2 = wide_squares(start + group * D, middle, pixels);
       m2 -= low * low * count;
+      if (known && !(low * low * count <= kBadGuess * m2)) {
+        auto own = buffer<A>(s.C);
+        return block_moments(out, sample, block, own.get(), false);
+      }
       out[group] = {count, static_cast<double>(middle) + low, m2 < 0 ? 0 : m2};
     }
   }
@@ -336,15 +331,21 @@ class GroupNorm {
     return m2;
   }
 
-  // vectors over the channels of one sample in storage (5*C); c2 and c3 only where sums are given
+  // vectors over the channels of one sample in storage (7*C); c2 and c3 only where sums are given
   Columns<A> sample_coefficients(int64_t sample, const A* sums, A* storage) const {
-    for (int64_t group = sample * s.G; group < (sample + 1) * s.G; group++) {
-      const Rows<A> at = sums ? coefficients(group, sums) : coefficients(group);
-      const A values[] = {at.mean, at.rstd, at.offset, at.c2, at.c3};
-      for (int64_t k = 0; k < (sums ? 5 : 3); k++) std::fill_n(storage + k * s.C + group % s.G * s.D(), s.D(), values[k]);
+    A* v[7];
+    for (int64_t k = 0; k < 7; k++) v[k] = storage + k * s.C;
+    for (int64_t group = 0; group < s.G; group++) {
+      const Rows<A> at = sums ? coefficients(sample * s.G + group, sums) : coefficients(sample * s.G + group);
+      const A values[] = {at.mean, 0, 0, at.rstd, at.offset, at.c2, at.c3};
+      for (int64_t k : {0, 3, 4, 5, 6}) std::fill_n(v[k] + group * s.D(), s.D(), values[k]);
     }
-    const int64_t first = parameter(sample * s.G);
-    return {storage, storage + s.C, storage + 2 * s.C, storage + 3 * s.C, storage + 4 * s.C, affine.weight + first, affine.bias + first};
+    const A *weight = affine.weight + parameter(sample * s.G), *bias = affine.bias + parameter(sample * s.G);
+    for (int64_t c = 0; c < s.C; c++) {
+      v[1][c] = v[3][c] * weight[c];
+      v[2][c] = v[4][c] * weight[c] + bias[c];
+    }
+    return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]};
   }
 
   void apply_block(T* y, const Columns<A>& at, int64_t sample, int64_t block) const {
@@ -358,8 +359,8 @@ class GroupNorm {
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
         auto sets = buffer<Moments>(blocks() * s.G);
-        auto storage = buffer<A>(5 * s.C);
-        for (int64_t block = 0; block < blocks(); block++) block_moments(&sets[block * s.G], sample, block, storage.get());
+        auto storage = buffer<A>(7 * s.C);
+        for (int64_t block = 0; block < blocks(); block++) block_moments(&sets[block * s.G], sample, block, storage.get(), block > 0);
         fold(sample, sets.get());
         const auto at = sample_coefficients(sample, nullptr, storage.get());
         for (int64_t block = blocks(); block-- > 0;) apply_block(y, at, sample, block);
@@ -367,15 +368,15 @@ class GroupNorm {
     }
     const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
     auto sets = buffer<Moments>(steps * s.G);
+    auto storage = buffer<A>(s.N * 7 * s.C);
+    parallel(s.N, step_size, [&](int64_t sample) { block_moments(&sets[sample * blocks() * s.G], sample, 0, &storage[sample * 7 * s.C], false); });
     parallel(steps, step_size, [&](int64_t i) {
-      auto scratch = buffer<A>(3 * s.C);
-      block_moments(&sets[i * s.G], i / blocks(), i % blocks(), scratch.get());
+      if (i % blocks()) block_moments(&sets[i * s.G], i / blocks(), i % blocks(), &storage[i / blocks() * 7 * s.C], true);
     });
-    auto storage = buffer<A>(s.N * 5 * s.C);
     auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) {
       fold(sample, &sets[sample * blocks() * s.G]);
-      at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 5 * s.C]);
+      at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
     }
     parallel(steps, step_size, [&](int64_t i) {
       i = steps - 1 - i;
@@ -399,7 +400,7 @@ class GroupNorm {
     };
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
-        auto storage = buffer<A>(5 * s.C), partial = buffer<A>(blocks() * 2 * s.C);
+        auto storage = buffer<A>(7 * s.C), partial = buffer<A>(blocks() * 2 * s.C);
         auto at = sample_coefficients(sample, nullptr, storage.get());
         for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block);
         fold(sample, partial.get());
@@ -409,13 +410,13 @@ class GroupNorm {
       });
     }
     const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
-    auto storage = buffer<A>(s.N * 5 * s.C), partial = buffer<A>(steps * 2 * s.C);
+    auto storage = buffer<A>(s.N * 7 * s.C), partial = buffer<A>(steps * 2 * s.C);
     auto at = buffer<Columns<A>>(s.N);
-    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 5 * s.C]);
+    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
     parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks()); });
     for (int64_t sample = 0; sample < s.N; sample++) {
       fold(sample, &partial[sample * blocks() * 2 * s.C]);
-      if (apply) sample_coefficients(sample, sums, &storage[sample * 5 * s.C]);
+      if (apply) sample_coefficients(sample, sums, &storage[sample * 7 * s.C]);
     }
     if (!apply) return;
     parallel(steps, step_size, [&](int64_t i) {

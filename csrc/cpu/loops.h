@@ -2,6 +2,7 @@
 //
 // rows:    channels of one group, each contiguous in memory: the coefficients of a row are scalars
 // columns: pixels with all their channels contiguous: the coefficients are vectors over channels
+// line:    one pixel's channels of one group: the statistics are scalars, weight and bias vectors
 #pragma once
 
 #include "vec.h"
@@ -11,8 +12,9 @@
 namespace normops {
 
 constexpr int64_t kChunk = 4096;  // elements whose moments are taken at once: 16 KB in float, held in the L1 cache for the second look
+constexpr double kBadGuess = 4;   // a center further from the mean than two standard deviations would cost digits of the variance
 
-// x_hat = (x - mean)*rstd + offset, t = x_hat*weight + bias, dx = rstd*weight*dt + c2*x_hat + c3
+// x_hat = (x - mean)*rstd + offset, t = x_hat*weight + bias = (x - mean)*a + b, dx = a*dt + c2*x_hat + c3
 template <typename A>
 struct Rows {
   A mean, rstd, offset, c2, c3;
@@ -20,7 +22,7 @@ struct Rows {
 };
 template <typename A>
 struct Columns {
-  const A *mean, *rstd, *offset, *c2, *c3, *weight, *bias;  // vectors over channels
+  const A *mean, *a, *b, *rstd, *offset, *c2, *c3;  // vectors over channels
 };
 
 template <typename A>
@@ -46,10 +48,13 @@ struct Backward {  // dx and, where wanted, dt
 template <typename T>
 struct Loops {
   using A = Acc<T>;
-  Moments (*moments)(const T* x, int64_t n);  // n <= kChunk
+  Moments (*moments)(const T* x, int64_t n, const A* center);  // n <= kChunk; center: a guess of the mean, or null
   void (*rows)(const Forward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);
   void (*row_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);  // per row
   void (*row_backward)(const Backward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);
+  void (*line)(const Forward<T, Rows<A>>&, int64_t channels, Options<A>);
+  void (*line_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Rows<A>>&, int64_t channels, Options<A>);  // per channel
+  void (*line_backward)(const Backward<T, Rows<A>>&, int64_t channels, Options<A>);
   // adds to sums per channel of x - center, and of its square unless `squares` is null
   void (*column_moments)(A* sums, A* squares, const T* x, const A* center, int64_t pixels, int64_t channels);
   void (*columns)(const Forward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);

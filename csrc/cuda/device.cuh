@@ -1,0 +1,376 @@
+// Group norm on the GPU: what the kernels are made of. n = D*S elements per group, D = C/G channels, S positions.
+//
+//   moments   K = first element; hi = K + mean(x - K); lo = mean(x - hi); M2 = sum (x - hi)^2 - n*lo^2; sets merge by Chan, in a fixed order
+//   forward   x_hat = fma(x - mean, rstd, -mean_lo*rstd)     t = x_hat*weight + bias (+ residual)     y = act(t)
+//   backward  dt = dy*act'(t)      sums per (n, c): sum_dt, sum_dt_x_hat      P, Q = sum over the group of weight*sum_dt, weight*sum_dt_x_hat
+//             dx = (rstd*weight)*dt + c2*x_hat + c3       c2 = -rstd*Q/n       c3 = -rstd*P/n       dresidual = dt
+//
+// Element (n, c, s) is at (n*C + c)*S + s, or at (n*S + s)*C + c where LAST (channels last). Two ways to go over them:
+//
+//   group kernels   one block per group, which is held in shared memory (forward) or read again from the cache (backward)
+//   split kernels   partial moments or sums per tile, a fold with one block per group, then the elementwise pass, tile by tile.
+//                   A tile is `positions` positions of one channel, for a team of `lanes` threads along s; or, where LAST, of lanes*V channels,
+//                   for the whole block: `lanes` threads along c, the others along s.
+//
+// A thread reads and writes V neighbours at a time (16 bytes, or V = 1). They belong to K channels: V where LAST, otherwise one.
+// Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <type_traits>
+
+namespace normops {
+
+__device__ __forceinline__ float exp_(float t) { return expf(t); }
+__device__ __forceinline__ double exp_(double t) { return exp(t); }
+__device__ __forceinline__ float tanh_(float t) { return tanhf(t); }
+__device__ __forceinline__ double tanh_(double t) { return tanh(t); }
+__device__ __forceinline__ float logistic_(float t) { return __fdividef(1.0f, 1.0f + expf(-t)); }
+__device__ __forceinline__ double logistic_(double t) { return 1.0 / (1.0 + exp(-t)); }
+__device__ __forceinline__ float erf_(float t, float) { return erff(t); }
+__device__ __forceinline__ double erf_(double t, double) { return erf(t); }
+__device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fma_(double a, double b, double c) { return fma(a, b, c); }
+
+}  // namespace normops
+
+#include "../algebra.h"
+
+namespace normops {
+
+using c10::BFloat16;
+using c10::Half;
+using torch::headeronly::ScalarType;
+
+constexpr int kThreads = 256;
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vec {
+  T at[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Vec<T, V> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, V>*>(p);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void store(T* p, const Vec<T, V>& value) {
+  *reinterpret_cast<Vec<T, V>*>(p) = value;
+}
+
+struct Parameter {  // weight or bias, (C,) or (N, C), in any dtype, or absent
+  const void* data;
+  ScalarType dtype;
+  int64_t stride;  // from sample to sample: 0 or C
+
+  template <typename A>
+  __device__ A at(int64_t n, int64_t c, A absent) const {
+    if (!data) return absent;
+    const int64_t i = n * stride + c;
+    switch (dtype) {
+      case ScalarType::Half: return static_cast<A>(static_cast<const Half*>(data)[i]);
+      case ScalarType::BFloat16: return static_cast<A>(static_cast<const BFloat16*>(data)[i]);
+      case ScalarType::Double: return static_cast<A>(static_cast<const double*>(data)[i]);
+      default: return static_cast<A>(static_cast<const float*>(data)[i]);
+    }
+  }
+};
+
+struct Gradient {  // dweight or dbias, summed over `rows` samples; or not wanted
+  void* data;
+  ScalarType dtype;
+  int64_t rows, columns;
+
+  __device__ void set(int64_t i, double value) const {
+    switch (dtype) {
+      case ScalarType::Half: static_cast<Half*>(data)[i] = static_cast<Half>(static_cast<float>(value)); break;
+      case ScalarType::BFloat16: static_cast<BFloat16*>(data)[i] = static_cast<BFloat16>(static_cast<float>(value)); break;
+      case ScalarType::Double: static_cast<double*>(data)[i] = value; break;
+      default: static_cast<float*>(data)[i] = static_cast<float>(value);
+    }
+  }
+};
+
+struct Problem {
+  int64_t N, S;
+  int C, G, D;
+  Parameter weight, bias;
+  Activation activation;
+  double slope;
+};
+
+struct Split {
+  int lanes, positions, channel_blocks;
+  int64_t tiles, blocks;
+};
+
+// over each run of `lanes` (<= 32) threads
+template <int K, typename A>
+__device__ void line_sum(A (&value)[K], int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int k = 0; k < K; k++) value[k] += __shfl_xor_sync(0xffffffffu, value[k], offset);
+  }
+}
+
+// over the threads of the block that have the same threadIdx.x % lanes, lanes <= 32
+template <int K, typename A>
+__device__ void block_sum(A (&value)[K], int lanes) {
+  static __shared__ A scratch[K][kThreads];
+  for (int offset = lanes; offset < 32; offset *= 2) {
+#pragma unroll
+    for (int k = 0; k < K; k++) value[k] += __shfl_xor_sync(0xffffffffu, value[k], offset);
+  }
+  if (blockDim.x == 32) return;
+#pragma unroll
+  for (int k = 0; k < K; k++) scratch[k][threadIdx.x] = value[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    value[k] = 0;
+    for (unsigned i = threadIdx.x % 32; i < blockDim.x; i += 32) value[k] += scratch[k][i];
+  }
+  __syncthreads();
+}
+
+// over the threads that share a tile; lanes > 32 is one line for the whole block
+template <bool LAST, int K, typename A>
+__device__ void team_sum(A (&value)[K], int lanes) {
+  if (LAST) return block_sum(value, lanes);
+  if (lanes > 32) return block_sum(value, 1);
+  line_sum(value, lanes);
+}
+
+struct Place {
+  int64_t n, tile, first, start, step;  // offsets: of the first element of channel c in the tile; of this thread's vectors
+  int c, count, elements;               // its first channel; how many vectors; elements of each channel in the tile
+  bool owner;                           // writes what the team has reduced
+};
+
+__device__ __forceinline__ int rounds(int64_t items, int first, int step) { return items > first ? (items - first + step - 1) / step : 0; }
+
+template <bool LAST, int V>
+__device__ Place place(const Problem& p, const Split& split) {
+  const int lane = threadIdx.x % split.lanes, team = threadIdx.x / split.lanes, teams = blockDim.x / split.lanes;
+  Place at;
+  bool inside;
+  if (LAST) {
+    const int64_t block = blockIdx.x / split.channel_blocks;
+    at.c = (blockIdx.x % split.channel_blocks * split.lanes + lane) * V;
+    at.n = block / split.tiles;
+    at.tile = block % split.tiles;
+    inside = at.c < p.C;
+  } else {
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + team, line = unit / split.tiles;
+    at.c = line % p.C;
+    at.n = line / p.C;
+    at.tile = unit % split.tiles;
+    inside = at.n < p.N;
+  }
+  if (!inside) at.n = at.tile = at.c = 0;  // nothing to do, but it takes part in the sums
+  const int64_t s = at.tile * split.positions, left = p.S - s;
+  at.elements = left < split.positions ? left : split.positions;
+  at.first = LAST ? (at.n * p.S + s) * p.C + at.c : (at.n * p.C + at.c) * p.S + s;
+  at.start = at.first + (LAST ? static_cast<int64_t>(team) * p.C : lane * V);
+  at.step = LAST ? static_cast<int64_t>(teams) * p.C : split.lanes * V;
+  at.count = !inside ? 0 : LAST ? rounds(at.elements, team, teams) : rounds(at.elements / V, lane, split.lanes);
+  at.owner = inside && (LAST ? team : lane) == 0;
+  return at;
+}
+
+// Of `elements` elements for each of K channels. This thread has the vectors held[0], held[stride], ...; `sum` sums over the threads.
+template <int K, typename A, typename T, int V, typename Sum>
+__device__ void moments(Moments (&out)[K], const Vec<T, V>* held, int count, int stride, const A (&first)[K], int elements, Sum sum) {
+  constexpr double kUnscale = 0x1p200;
+  A hi[K] = {}, lo[K] = {}, squares[K] = {};
+  const auto each = [&](auto body) {
+#pragma unroll 4
+    for (int r = 0; r < count; r++) {
+      const Vec<T, V> x = held[r * stride];
+#pragma unroll
+      for (int v = 0; v < V; v++) body(v % K, static_cast<A>(x.at[v]));
+    }
+  };
+  each([&](int k, A x) { hi[k] += x - first[k]; });
+  sum(hi);
+#pragma unroll
+  for (int k = 0; k < K; k++) hi[k] = first[k] + hi[k] / static_cast<A>(elements);
+  each([&](int k, A x) {
+    const A d = x - hi[k];
+    lo[k] += d;
+    squares[k] = fma_(d, d, squares[k]);
+  });
+  sum(lo);
+  sum(squares);
+  bool overflow = false;
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const double mean_lo = static_cast<double>(lo[k]) / elements;
+    out[k] = {static_cast<double>(elements), hi[k] + mean_lo, static_cast<double>(squares[k]) - elements * mean_lo * mean_lo};
+    overflow = overflow || !isfinite(squares[k]);
+  }
+  if (!__syncthreads_or(overflow)) return;
+  A scaled[K] = {};  // the squares of huge floats: again, of what is 2^-100 as large
+  each([&](int k, A x) {
+    const A d = (x - hi[k]) * static_cast<A>(0x1p-100);
+    scaled[k] = fma_(d, d, scaled[k]);
+  });
+  sum(scaled);
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    const double mean_lo = static_cast<double>(lo[k]) / elements;
+    if (!isfinite(squares[k])) out[k].m2 = static_cast<double>(scaled[k]) * kUnscale - elements * mean_lo * mean_lo;
+  }
+}
+
+template <typename A>
+struct Channel {
+  A mean, rstd, shift, weight, bias;  // shift = -mean_lo*rstd
+
+  __device__ A x_hat(A x) const { return fma_(x - mean, rstd, shift); }
+};
+
+template <typename A>
+__device__ Channel<A> channel(const Problem& p, const Stats<A>& stats, int64_t n, int c) {
+  return {stats.mean, stats.rstd, -stats.mean_lo * stats.rstd, p.weight.at(n, c, A(1)), p.bias.at(n, c, A(0))};
+}
+
+template <typename A>
+__device__ Stats<A> saved(const Problem& p, const A* stats, int64_t group) {
+  const int64_t groups = p.N * p.G;
+  return {stats[group], stats[groups + group], stats[2 * groups + group]};
+}
+
+// body(constant) with the activation as a constant, so that it is chosen once per vector
+template <typename Body>
+__device__ __forceinline__ void with_activation(Activation activation, Body body) {
+#define NORMOPS_CASE(name) \
+  case Activation::name: return body(std::integral_constant<Activation, Activation::name>{})
+  switch (activation) {
+    NORMOPS_CASE(none);
+    NORMOPS_CASE(relu);
+    NORMOPS_CASE(leaky_relu);
+    NORMOPS_CASE(silu);
+    NORMOPS_CASE(gelu);
+    NORMOPS_CASE(gelu_tanh);
+    NORMOPS_CASE(tanh);
+    NORMOPS_CASE(sigmoid);
+    NORMOPS_CASE(hardswish);
+  }
+#undef NORMOPS_CASE
+}
+
+// t of V neighbours
+template <typename A, int K, typename T, int V>
+__device__ __forceinline__ void affine(A (&t)[V], A (&x_hat)[V], const Vec<T, V>& x, const T* residual, int64_t offset,
+                                       const Channel<A> (&channels)[K]) {
+  Vec<T, V> added{};
+  if (residual) added = load<V>(residual + offset);
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    const Channel<A>& ch = channels[v % K];
+    x_hat[v] = ch.x_hat(static_cast<A>(x.at[v]));
+    t[v] = fma_(x_hat[v], ch.weight, ch.bias);
+    if (residual) t[v] += static_cast<A>(added.at[v]);
+  }
+}
+
+template <typename A, int K, typename T, typename Y, int V>
+__device__ __forceinline__ void forward(Y* y, const Vec<T, V>& x, const T* residual, int64_t offset, const Channel<A> (&channels)[K],
+                                        const Problem& p) {
+  A t[V], x_hat[V];
+  affine(t, x_hat, x, residual, offset, channels);
+  Vec<Y, V> out;
+  with_activation(p.activation, [&](auto activation) {
+#pragma unroll
+    for (int v = 0; v < V; v++) out.at[v] = static_cast<Y>(activate(activation.value, t[v], static_cast<A>(p.slope)));
+  });
+  store(y + offset, out);
+}
+
+// dt and x_hat of V neighbours
+template <typename A, int K, typename T, typename Y, int V>
+__device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], const Y* dy, const T* x, const T* residual, int64_t offset,
+                                         const Channel<A> (&channels)[K], const Problem& p) {
+  const Vec<Y, V> upstream = load<V>(dy + offset);
+  A t[V];
+  affine(t, x_hat, load<V>(x + offset), residual, offset, channels);
+  with_activation(p.activation, [&](auto activation) {
+#pragma unroll
+    for (int v = 0; v < V; v++) dt[v] = static_cast<A>(upstream.at[v]) * activate_grad(activation.value, t[v], static_cast<A>(p.slope));
+  });
+}
+
+template <typename A, typename T, typename Y>
+struct Backward {  // what the backward kernels read and write; dx and dresidual may be null
+  T *dx, *dresidual;
+  const Y* dy;
+  const T *x, *residual;
+  const A* stats;
+
+  template <int K>
+  __device__ void load_channels(Channel<A> (&channels)[K], const Problem& p, int64_t n, int c) const {
+#pragma unroll
+    for (int k = 0; k < K; k++) channels[k] = channel(p, saved(p, stats, n * p.G + (c + k) / p.D), n, c + k);
+  }
+
+  // sum_dt and sum_dt_x_hat of this thread's vectors
+  template <int V, int K>
+  __device__ void sum(A (&sum_dt)[K], A (&sum_dt_x_hat)[K], const Place& at, const Channel<A> (&channels)[K], const Problem& p) const {
+    for (int r = 0; r < at.count; r++) {
+      A dt[V], x_hat[V];
+      gradient(dt, x_hat, dy, x, residual, at.start + r * at.step, channels, p);
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        sum_dt[v % K] += dt[v];
+        sum_dt_x_hat[v % K] = fma_(dt[v], x_hat[v], sum_dt_x_hat[v % K]);
+      }
+    }
+  }
+
+  template <int V, int K>
+  __device__ void apply(const Place& at, const Channel<A> (&channels)[K], const A (&c2)[K], const A (&c3)[K], const Problem& p) const {
+    for (int r = 0; r < at.count; r++) {
+      const int64_t offset = at.start + r * at.step;
+      A dt[V], x_hat[V];
+      gradient(dt, x_hat, dy, x, residual, offset, channels, p);
+      Vec<T, V> out;
+#pragma unroll
+      for (int v = 0; v < V; v++) out.at[v] = static_cast<T>(dt[v]);
+      if (dresidual) store(dresidual + offset, out);
+      if (!dx) continue;
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        const int k = v % K;
+        out.at[v] = static_cast<T>(fma_(channels[k].rstd * channels[k].weight, dt[v], fma_(c2[k], x_hat[v], c3[k])));
+      }
+      store(dx + offset, out);
+    }
+  }
+};
+
+// c2 and c3 of a group from the sums of its channels, for every thread of the block. sums: (2, N, C)
+template <typename A>
+__device__ void coefficients(A& c2, A& c3, const Problem& p, const A* stats, const A* sums, int64_t n, int g) {
+  double total[2] = {};
+  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
+    const int c = g * p.D + d;
+    const double weight = p.weight.at(n, c, A(1));
+    total[0] += weight * sums[n * p.C + c];
+    total[1] += weight * sums[(p.N + n) * p.C + c];
+  }
+  block_sum(total, 1);
+  const double scale = -static_cast<double>(saved(p, stats, n * p.G + g).rstd) / (static_cast<double>(p.D) * p.S);
+  c3 = static_cast<A>(scale * total[0]);
+  c2 = static_cast<A>(scale * total[1]);
+}
+
+}  // namespace normops
