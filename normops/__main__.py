@@ -25,7 +25,8 @@ def _gpu() -> str:
 
 def report() -> str:
     """The text that ``python -m normops`` prints."""
-    devices = {name: "/".join(device for device, order in backends.ORDER.items() if name in order) for order in backends.ORDER.values() for name in order}
+    names = dict.fromkeys(name for order in backends.ORDER.values() for name in order)
+    devices = {name: "/".join(device for device, order in backends.ORDER.items() if name in order) for name in names}
     reasons = {name: backends.unavailable(name) for name in devices}
     facts = {
         "normops": f"{normops.__version__}, {os.path.dirname(normops.__file__)}",

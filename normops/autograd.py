@@ -25,7 +25,7 @@ _function_modes = _private("_len_torch_function_stack", 1)
 _transforms_active = _private("peek_interpreter_stack", None)
 _any_autocast = _private("_is_any_autocast_enabled", True)
 _tracing = _private("_get_tracing_state", None)
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # other tracers run under a dispatch mode
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -34,45 +34,59 @@ def transforming() -> bool:
     return _transforms_active() is not None or forward_ad._current_level >= 0
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors may bypass the dispatcher: eager, no mode, no transform, no autocast, no subclass."""
-    if _is_compiling() or _dispatch_modes() or _function_modes() or transforming() or _any_autocast() or _tracing() is not None:
+def eager() -> bool:
+    """Whether no tracer, mode, transform or autocast is active."""
+    return not (
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms_active() is not None
+        or forward_ad._current_level >= 0
+        or _any_autocast()
+        or _tracing() is not None
+    )
+
+
+def plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on these tensors may bypass the dispatcher: eager, and no tensor subclass."""
+    if type(x) not in _PLAIN:
         return False
-    for tensor in tensors:
+    for tensor in others:
         if tensor is not None and type(tensor) not in _PLAIN:
             return False
-    return True
+    return eager()
 
 
 class GroupNorm(Function):
     """Saves x, the statistics and the small vectors; the activation's argument is computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype):
-        fwd = ops.group_norm_fwd if plain(x, weight, bias, residual) else torch.ops.normops.group_norm_fwd.default
+    def forward(ctx, fwd, x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype):
         y, stats = fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
         linear = activation == "none"
         ctx.save_for_backward(x, stats, weight, bias, None if linear else residual)
-        ctx.options = num_groups, eps, activation, negative_slope
+        ctx.options = num_groups, eps, activation, negative_slope, fwd is ops.group_norm_fwd
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, stats, weight, bias, residual = ctx.saved_tensors
-        num_groups, eps, activation, negative_slope = ctx.options
-        mask = list(ctx.needs_input_grad[:4])
+        num_groups, eps, activation, negative_slope, was_plain = ctx.options
+        mask = list(ctx.needs_input_grad[1:5])
         dresidual = None
         if activation == "none" and mask[3]:
             mask[3], dresidual = False, dy
         args = (dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask)
         if torch.is_grad_enabled():
             gradients = GroupNormBackward.apply(*args, eps)
-        elif plain(dy, x, weight, bias, residual):
+        elif was_plain and plain(dy):
             gradients = ops.group_norm_bwd(*args)
         else:
             gradients = torch.ops.normops.group_norm_bwd.default(*args)
-        dx, dweight, dbias, dt = (gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True))
-        return dx, dweight, dbias, dt if dresidual is None else dresidual, None, None, None, None, None
+        if dresidual is None:
+            dresidual = gradients[3] if mask[3] else None
+        dx, dweight, dbias = (gradient if wanted else None for gradient, wanted in zip(gradients[:3], mask[:3], strict=True))
+        return None, dx, dweight, dbias, dresidual, None, None, None, None, None
 
 
 class GroupNormBackward(Function):
@@ -209,18 +223,27 @@ def group_norm(
     shift: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The differentiable op: what the public function calls in eager mode and the dispatcher calls at the Autograd key."""
-    if scale is not None or shift is not None:
-        weight, bias = ops.modulate(x, weight, bias, scale, shift)
+    """The differentiable op, as the dispatcher calls it at the Autograd key."""
+    weight, bias = ops.modulate(x, weight, bias, scale, shift)
     if transforming():
         ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
         return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype)
+    fwd = torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
         ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
-        return _apply(ops.dense(x), weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
-    if plain(x, weight, bias, residual):
-        return ops.group_norm_fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype, save_stats=False)[0]
-    return torch.ops.normops.group_norm_fwd.default(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)[0]
+        return _apply(fwd, ops.dense(x), weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
+    return fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)[0]
+
+
+def group_norm_eager(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift, out_dtype):
+    """The same on plain tensors: past the dispatcher."""
+    if scale is not None or shift is not None:
+        weight, bias = ops.modulate(x, weight, bias, scale, shift)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+        if not x.is_contiguous():
+            x = ops.dense(x)
+        return _apply(ops.group_norm_fwd, x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
+    return ops.group_norm_fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype, False)[0]
 
 
 # Function.apply without its Python half, which only serves functorch: that case never gets here

@@ -29,18 +29,18 @@ def _extension(name: str) -> str | None:
     if spec is None or spec.origin is None:
         return f"normops.{name} was not built: {BUILD_HINT}"
     try:
-        torch.ops.load_library(spec.origin)
-    except (OSError, RuntimeError) as error:
+        if name == "_C":
+            importlib.import_module("normops._C")
+        else:
+            torch.ops.load_library(spec.origin)
+            for op in OPS:  # inputs may require grad: the gradient is the business of normops::*, these ops only compute
+                _fragment.impl(op, torch.library.fallthrough_kernel, "Autograd")
+    except (ImportError, OSError, RuntimeError) as error:
         return f"normops.{name} does not load with torch {torch.__version__} ({str(error).splitlines()[0]}): {BUILD_HINT}"
-    # inputs may require grad here: the gradient is the business of normops::*, these ops only compute
-    fragment = torch.library.Library(f"normops{name}", "FRAGMENT")
-    for op in OPS:
-        fragment.impl(op, torch.library.fallthrough_kernel, "Autograd")
-    _fragments.append(fragment)
     return None
 
 
-_fragments: list[torch.library.Library] = []  # a Library's registrations last as long as the object
+_fragment = torch.library.Library("normops_CUDA", "FRAGMENT")  # its registrations last as long as the object
 
 
 def _no_device(device: str) -> str | None:
@@ -67,31 +67,66 @@ def _load(backend: str, op: str) -> Callable[..., None]:
         return getattr(importlib.import_module("normops.kernels.group_norm"), op)
     if backend == "reference":
         return getattr(importlib.import_module("normops.reference"), op)
-    namespace = torch.ops.normops_C if backend == "cpu" else torch.ops.normops_CUDA
-    kernel = getattr(namespace, op).default
-    return _same_dtype(op, kernel) if backend == "cpu" else kernel
+    if backend == "cuda":
+        return getattr(torch.ops.normops_CUDA, op).default
+    return _cpu_fwd if op == "group_norm_fwd" else _cpu_bwd
 
 
-def _same_dtype(op: str, kernel: Callable[..., None]) -> Callable[..., None]:
-    """The CPU kernels read and write one dtype; another dtype of y (or dy) is met by a cast of x, as torch does."""
+# ---- the C++ CPU kernels: addresses, dtypes as codes; one dtype for x, y, dy and dx, so that another is met by a cast, as torch does ----
 
-    def forward(y: Tensor, stats: Tensor | None, x: Tensor, weight, bias, residual, *options) -> None:
-        if y.dtype != x.dtype:
-            x = x.to(y.dtype)
-            residual = None if residual is None else residual.to(y.dtype)
-        kernel(y, stats, x, weight, bias, residual, *options)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-    def backward(dx, dweight, dbias, dresidual, dy: Tensor, x: Tensor, stats: Tensor, weight, bias, residual, *options) -> None:
-        if dy.dtype == x.dtype:
-            return kernel(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, *options)
-        wide = [None if out is None else torch.empty_like(dy) for out in (dx, dresidual)]
+
+def _cpu_fwd(y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope) -> None:
+    if y.dtype != x.dtype:
+        x = x.to(y.dtype)
+        residual = None if residual is None else residual.to(y.dtype)
+    shape = x.shape
+    _cpu_kernels().group_norm_fwd(
+        y.data_ptr(), eps,
+        x.data_ptr(), _address(residual), _address(stats), DTYPES[x.dtype], *_parameters(weight, bias),
+        shape[0], shape[1], x.numel(), num_groups, channels_last, activation, negative_slope,
+    )  # fmt: skip
+
+
+def _cpu_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope) -> None:
+    if dy.dtype != x.dtype:
+        wide_dx, wide_dresidual = (None if out is None else torch.empty_like(dy) for out in (dx, dresidual))
         residual = None if residual is None else residual.to(dy.dtype)
-        kernel(wide[0], dweight, dbias, wide[1], dy, x.to(dy.dtype), stats, weight, bias, residual, *options)
-        for out, value in zip((dx, dresidual), wide, strict=True):
+        _cpu_bwd(
+            wide_dx, dweight, dbias, wide_dresidual, dy, x.to(dy.dtype), stats, weight, bias, residual,
+            num_groups, channels_last, activation, negative_slope,
+        )  # fmt: skip
+        for out, wide in ((dx, wide_dx), (dresidual, wide_dresidual)):
             if out is not None:
-                out.copy_(value)
+                out.copy_(wide)
+        return
+    shape = x.shape
+    _cpu_kernels().group_norm_bwd(
+        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias),
+        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias),
+        shape[0], shape[1], x.numel(), num_groups, channels_last, activation, negative_slope,
+    )  # fmt: skip
 
-    return forward if op == "group_norm_fwd" else backward
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    """Address, dtype and number of dimensions of both."""
+    if weight is not None and bias is not None:
+        return weight.data_ptr(), DTYPES[weight.dtype], weight.dim(), bias.data_ptr(), DTYPES[bias.dtype], bias.dim()
+    if weight is not None:
+        return weight.data_ptr(), DTYPES[weight.dtype], weight.dim(), 0, 0, 0
+    if bias is not None:
+        return 0, 0, 0, bias.data_ptr(), DTYPES[bias.dtype], bias.dim()
+    return 0, 0, 0, 0, 0, 0
+
+
+@cache
+def _cpu_kernels():
+    return importlib.import_module("normops._C")
 
 
 @cache

@@ -46,8 +46,9 @@ def group_norm(
 
     Source: Wu & He 2018, Group Normalization (arXiv 1803.08494).
     """
-    call = autograd.group_norm if autograd.plain(input, weight, bias, residual, scale, shift) else torch.ops.normops.group_norm.default
-    return call(
+    if autograd.plain(input, weight, bias, residual, scale, shift):
+        return autograd.group_norm_eager(input, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift, out_dtype)
+    return torch.ops.normops.group_norm.default(
         input, num_groups, weight, bias, eps,
         activation=activation, negative_slope=negative_slope, residual=residual, scale=scale, shift=shift, out_dtype=out_dtype,
     )  # fmt: skip

@@ -38,14 +38,14 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
         raise TypeError(f"group_norm: expected x of dtype float16, bfloat16, float32 or float64, got {x.dtype}")
     if len(shape) < 2:
         raise ValueError(f"group_norm: expected x of shape (N, C, *spatial), got {tuple(shape)}")
-    if num_groups <= 0 or shape[1] % num_groups or not shape[1]:
-        raise ValueError(f"group_norm: expected num_groups to divide the number of channels {shape[1]}, got {num_groups}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.shape != shape[1:2] and value.shape != shape[:2]:
-            raise ValueError(f"group_norm: expected {name} of shape ({shape[1]},) or ({shape[0]}, {shape[1]}), got {tuple(value.shape)}")
-        _check_kind(name, value, x)
+    channels = shape[1]
+    if num_groups <= 0 or channels % num_groups or not channels:
+        raise ValueError(f"group_norm: expected num_groups to divide the number of channels {channels}, got {num_groups}")
+    usual, on_cpu = (channels,), x.is_cpu  # the usual case passes quickly
+    if weight is not None and not (weight.shape == usual and weight.dtype in FLOATS and on_cpu and weight.is_cpu):
+        _check_vector("weight", weight, x)
+    if bias is not None and not (bias.shape == usual and bias.dtype in FLOATS and on_cpu and bias.is_cpu):
+        _check_vector("bias", bias, x)
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"group_norm: expected residual of x's shape {tuple(shape)}, got {tuple(residual.shape)}")
@@ -58,6 +58,13 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
         raise ValueError(f"group_norm: expected activation out of {', '.join(CODES)}, got {activation!r}")
     if out_dtype is not None and out_dtype != x.dtype and (out_dtype != torch.float32 or x.dtype == torch.float64):
         raise TypeError(f"group_norm: expected out_dtype of x's dtype {x.dtype} or float32 for 16-bit x, got {out_dtype}")
+
+
+def _check_vector(name: str, value: Tensor, x: Tensor) -> None:
+    if value.shape != x.shape[1:2] and value.shape != x.shape[:2]:
+        samples, channels = x.shape[:2]
+        raise ValueError(f"group_norm: expected {name} of shape ({channels},) or ({samples}, {channels}), got {tuple(value.shape)}")
+    _check_kind(name, value, x)
 
 
 def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
@@ -111,15 +118,27 @@ def _order(x: Tensor) -> bool | None:
     return None
 
 
-def _like(value: Tensor | None, x: Tensor) -> Tensor | None:
-    """`value` in the memory order of the dense tensor `x`."""
-    if value is None or value.stride() == x.stride():
-        return value
-    return torch.empty_like(x, dtype=value.dtype).copy_(value)
+def _readable(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
+    """The inputs as the kernels want them (x dense, residual in its order, vectors contiguous), and whether x is channels last."""
+    channels_last = False
+    if not x.is_contiguous():
+        x = dense(x)
+        channels_last = not x.is_contiguous() and bool(_order(x))
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if residual is not None and residual.stride() != x.stride():
+        residual = torch.empty_like(x).copy_(residual)
+    return x, weight, bias, residual, channels_last
 
 
-def _packed(vector: Tensor | None) -> Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+def _empty_stats(x: Tensor, num_groups: int) -> Tensor:
+    if x.dtype.itemsize >= 4:
+        return x.new_empty((3, x.shape[0], num_groups))
+    return x.new_empty((3, x.shape[0], num_groups), dtype=torch.float32)
 
 
 def group_norm_fwd(
@@ -133,18 +152,15 @@ def group_norm_fwd(
     negative_slope: float,
     out_dtype: torch.dtype | None,
     save_stats: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel: ``y`` and ``stats`` of shape (3, N, G): mean, what its rounding lost, 1/std."""
     check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
-    x = dense(x)
+    x, weight, bias, residual, channels_last = _readable(x, weight, bias, residual)
     y = torch.empty_like(x) if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
-    stats = x.new_empty((3, x.shape[0], num_groups), dtype=accumulator(x.dtype)) if save_stats else None
+    stats = _empty_stats(x, num_groups) if save_stats else None
     if x.numel():
-        channels_last = not x.is_contiguous() and bool(_order(x))
-        backends.run(
-            "group_norm_fwd", x, y, stats, x, _packed(weight), _packed(bias), _like(residual, x),
-            num_groups, channels_last, eps, CODES[activation], negative_slope,
-        )  # fmt: skip
+        code = CODES[activation]
+        backends.run("group_norm_fwd", x, y, stats, x, weight, bias, residual, num_groups, channels_last, eps, code, negative_slope)
     return y, stats
 
 
@@ -161,13 +177,15 @@ def group_norm_bwd(
     output_mask: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted."""
-    x = dense(x)
+    x, weight, bias, residual, channels_last = _readable(x, weight, bias, residual)
     dx, dweight, dbias, dresidual = _empty_gradients(x, weight, bias, output_mask)
     if x.numel():
-        channels_last = not x.is_contiguous() and bool(_order(x))
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
+        code = CODES[activation]
         backends.run(
-            "group_norm_bwd", x, dx, dweight, dbias, dresidual, _like(dy, x), x, stats, _packed(weight), _packed(bias), _like(residual, x),
-            num_groups, channels_last, CODES[activation], negative_slope,
+            "group_norm_bwd", x, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual,
+            num_groups, channels_last, code, negative_slope,
         )  # fmt: skip
     else:
         for gradient in (dweight, dbias):
@@ -177,10 +195,11 @@ def group_norm_bwd(
 
 
 def _empty_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: list[bool] | tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """For x, weight, bias (all as the kernels want them) and residual."""
     return (
         torch.empty_like(x) if mask[0] else None,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[1] and weight is not None else None,
-        torch.empty_like(bias, memory_format=torch.contiguous_format) if mask[2] and bias is not None else None,
+        torch.empty_like(weight) if mask[1] and weight is not None else None,
+        torch.empty_like(bias) if mask[2] and bias is not None else None,
         torch.empty_like(x) if mask[3] else None,
     )
 
@@ -197,11 +216,12 @@ def _group_norm_fwd(x, weight, bias, residual, num_groups, eps, activation, nega
 
 def _fake_fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype):
     check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
-    return torch.empty_like(dense(x), dtype=out_dtype), x.new_empty((3, x.shape[0], num_groups), dtype=accumulator(x.dtype))
+    return torch.empty_like(dense(x), dtype=out_dtype), _empty_stats(x, num_groups)
 
 
 def _fake_bwd(dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, output_mask):
-    gradients = _empty_gradients(dense(x), weight, bias, output_mask)
+    x, weight, bias, _, _ = _readable(x, weight, bias, None)
+    gradients = _empty_gradients(x, weight, bias, output_mask)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -20,11 +20,12 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Sizes by reasoning, not by measurement. They depend on the shape alone, so that the order of the sums does too.
-constexpr int64_t kHeldBytes = 32 << 10;       // x of a block in shared memory: several blocks fit on one SM of every GPU since sm_80
-constexpr int64_t kSmallBytes = 1 << 20;       // channels last below this: one launch with short reads beats three launches with long ones
-constexpr int64_t kVectorsPerThread = 2;       // group kernels: fewer threads rather than less than this for each
-constexpr int64_t kBlocks = 2048;              // split kernels: longer tiles rather than more blocks; 16 for each SM of an H200
-constexpr int64_t kMaxSteps = 64;              // ... but no thread goes over more vectors
+constexpr int64_t kHeldBytes = 32 << 10;   // x of a block in shared memory: several blocks fit on one SM of every GPU since sm_80
+constexpr int64_t kGroupBytes = 32 << 10;  // x of a group up to here: one block for it, at most kHeldBytes
+constexpr int64_t kLastBytes = 1 << 20;    // ... channels last only if all of x is below this: one launch with short reads beats three
+constexpr int64_t kVectorsPerThread = 2;   // group kernels: fewer threads rather than less than this for each
+constexpr int64_t kBlocks = 2048;          // split kernels: longer tiles rather than more blocks; 16 for each SM of an H200
+constexpr int64_t kMaxSteps = 64;          // ... but no thread goes over more vectors
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -166,7 +167,7 @@ void group_norm_fwd(Tensor y, OptionalTensor stats, Tensor x, OptionalTensor wei
     Y* out = static_cast<Y*>(y.data_ptr());
     A* saved = data<A>(stats);
     const int64_t n = p.D * p.S, bytes = n * sizeof(T);
-    const bool last = channels_last && p.S > 1, by_group = bytes <= kHeldBytes && (!last || p.N * p.G * bytes <= kSmallBytes);
+    const bool last = channels_last && p.S > 1, by_group = bytes <= kGroupBytes && (!last || p.N * p.G * bytes <= kLastBytes);
     with_width<Y>(!last ? p.S : by_group ? p.D : p.C, {in, added, out}, last, [&](auto width, auto is_last) {
       constexpr int V = width();
       constexpr bool LAST = is_last();
@@ -216,7 +217,7 @@ void group_norm_bwd(OptionalTensor dx, OptionalTensor dweight, OptionalTensor db
       constexpr int V = width();
       constexpr bool LAST = is_last();
       if constexpr (!LAST) {
-        if (reduced && p.D * p.S * static_cast<int64_t>(sizeof(T)) <= kHeldBytes) {
+        if (reduced && p.D * p.S * static_cast<int64_t>(sizeof(T)) <= kGroupBytes) {
           const int threads = power_of_two(ceil_div(p.D * p.S, V * kVectorsPerThread), 32, kThreads);
           const int lanes = p.S / V >= threads ? threads : power_of_two(p.S / V, 1, 32);
           Workspace workspace(x, 8 * 2 * channels);

@@ -1,0 +1,151 @@
+"""Measure the cases of a norm and write one CSV: a row per case, thread count, direction, timer and method."""
+
+import csv
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from bench import gate
+from bench.methods import DIRECTIONS, HOST, NORMS, compiled, directions, minimum_bytes
+from bench.shapes import COMPILED, Case
+from bench.timing import Times, interleave, timers
+
+# the fields are in microseconds (us), bytes, 1e9 bytes per second (gb_s) and ratios of times (x_clone: to x.clone(); vs_eager: eager's to this one's)
+FIELDS = (
+    "op", "name", "shape", "dtype", "layout", "groups", "act", "eps", "count", "threads", "timer", "direction", "method", "status",
+    "median_us", "q20_us", "q80_us", "min_bytes", "gb_s", "of_copy", "x_clone", "vs_eager",
+)  # fmt: skip
+Row = dict[str, object]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure: `threads` is empty on a GPU; `budget` is seconds per case, thread count, direction and timer."""
+
+    device: str
+    threads: tuple[int, ...]
+    budget: float
+    compile: str  # for which cases torch.compile is measured: none, some (shapes.COMPILED) or all
+
+
+def measure(case: Case, plan: Plan) -> list[Row]:
+    """The rows of one case. On a GPU everything runs on one side stream, so that graphs can capture it."""
+    if plan.device == "cpu":
+        return _measure(case, plan)
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return _measure(case, plan)
+    except torch.OutOfMemoryError:
+        return [_row(case, "", "", "", "ours", "out of memory")]
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _measure(case: Case, plan: Plan) -> list[Row]:
+    norm = NORMS[case.norm]
+    inputs = {name: value.requires_grad_() for name, value in norm.inputs(case, plan.device).items()}
+    x = inputs["x"].detach()
+    dy = gate.upstream(case, inputs)
+    exact = gate.truth(case, inputs, dy, second="penalty" in directions(case))
+    ready = []
+    for threads in plan.threads or (None,):
+        _use(threads)
+        methods = {"ours": norm.ours(case), "eager": norm.eager(case)}
+        chosen = plan.compile == "all" or (plan.compile == "some" and case.name in COMPILED)
+        if chosen and threads == max(plan.threads, default=None):
+            methods["compile"] = compiled(case)
+        ready.append((threads, methods, {name: _status(case, call, inputs, dy, exact) for name, call in methods.items()}))
+    del exact  # several times the size of x
+    target = torch.empty_like(x)
+    context = {"clone": lambda: x.clone(), "copy_": lambda: target.copy_(x)}
+    clocks = timers("cpu" if case is HOST else plan.device)
+    rows = []
+    for threads, methods, status in ready:
+        _use(threads)
+        for direction in directions(case):
+            grad, make = DIRECTIONS[direction]
+            with nullcontext() if grad else torch.no_grad():
+                for timer in clocks:
+                    runs = {name: make(call, list(inputs.values()), dy) for name, call in methods.items() if status[name] == "ok"} | context
+                    prepared = {name: _attempt(timer.sampler, run) for name, run in runs.items()}
+                    times = interleave({name: sampler for name, sampler in prepared.items() if not isinstance(sampler, str)}, plan.budget)
+                    for name in (*methods, *context):
+                        prevented = prepared.get(name)
+                        state = prevented if isinstance(prevented, str) else status.get(name, "ok")
+                        row = _row(case, threads or "", timer.name, direction, name, state)
+                        if name in times:
+                            row |= _numbers(case, direction, times, name)
+                        rows.append(row)
+    return rows
+
+
+def _use(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _status(*arguments) -> str:
+    faults = _attempt(gate.wrong, *arguments)
+    return f"WRONG: {faults}" if faults and not faults.startswith("error") else faults or "ok"
+
+
+def _attempt(function: Callable[..., T], *arguments) -> T | str:
+    """The function's result, or what went wrong: a method that cannot run is a result like any other."""
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:
+        traceback.print_exc(limit=-2)
+        return f"error: {type(failure).__name__}"
+
+
+def _row(case: Case, threads: object, timer: str, direction: str, method: str, status: str) -> Row:
+    return {
+        "op": case.norm, "name": case.name, "shape": "x".join(map(str, case.shape)), "dtype": case.dtype, "layout": case.layout,
+        "groups": case.groups, "act": case.act, "eps": case.eps, "count": case.count,
+        "threads": threads, "timer": timer, "direction": direction, "method": method, "status": status,
+    }  # fmt: skip
+
+
+def _numbers(case: Case, direction: str, times: dict[str, Times], name: str) -> Row:
+    """A copy moves twice the bytes of x: read and write."""
+    mine, clone = times[name], times["clone"]
+    moved = 2 * case.nbytes if name in ("clone", "copy_") else minimum_bytes(case, direction)
+    numbers: Row = {
+        "median_us": mine.median * 1e6,
+        "q20_us": mine.low * 1e6,
+        "q80_us": mine.high * 1e6,
+        "min_bytes": moved,
+        "gb_s": moved / mine.median / 1e9,
+        "of_copy": moved / mine.median / (2 * case.nbytes / clone.median),
+        "x_clone": mine.median / clone.median,
+    }
+    if "eager" in times:
+        numbers["vs_eager"] = times["eager"].median / mine.median
+    return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in numbers.items()}
+
+
+def write(path: Path, facts: dict[str, str], batches: Iterable[list[Row]]) -> None:
+    """Write `facts` as comments and the rows below them, batch by batch, so that a run that is cut off leaves what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        table.writeheader()
+        for rows in batches:
+            table.writerows(rows)
+            file.flush()
+
+
+def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The facts and the rows of a file that `write` wrote."""
+    lines = path.read_text().splitlines()
+    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    return facts, list(csv.DictReader(line for line in lines if not line.startswith("# ")))
