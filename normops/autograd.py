@@ -72,10 +72,10 @@ class GroupNorm(Function):
     def backward(ctx, dy):
         x, stats, weight, bias, residual = ctx.saved_tensors
         num_groups, eps, activation, negative_slope, was_plain = ctx.options
-        mask = list(ctx.needs_input_grad[1:5])
+        mask = ctx.needs_input_grad[1:5]
         dresidual = None
         if activation == "none" and mask[3]:
-            mask[3], dresidual = False, dy
+            mask, dresidual = (*mask[:3], False), dy
         args = (dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask)
         if torch.is_grad_enabled():
             gradients = GroupNormBackward.apply(*args, eps)
@@ -83,10 +83,14 @@ class GroupNorm(Function):
             gradients = ops.group_norm_bwd(*args)
         else:
             gradients = torch.ops.normops.group_norm_bwd.default(*args)
-        if dresidual is None:
-            dresidual = gradients[3] if mask[3] else None
-        dx, dweight, dbias = (gradient if wanted else None for gradient, wanted in zip(gradients[:3], mask[:3], strict=True))
-        return None, dx, dweight, dbias, dresidual, None, None, None, None, None
+        return (
+            None,
+            gradients[0] if mask[0] else None,
+            gradients[1] if mask[1] else None,
+            gradients[2] if mask[2] else None,
+            gradients[3] if mask[3] else dresidual,
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
 class GroupNormBackward(Function):
@@ -117,17 +121,16 @@ class GroupNormBackward(Function):
 
 def _differentiable(upstream, dy, x, weight, bias, residual, num_groups, activation, negative_slope, eps):
     """The double backward through the reference, itself differentiable: third and higher order."""
-    inputs = (x, weight, bias, residual)
-    leaves = [value for value in (dy, *inputs) if value is not None and value.requires_grad]
+    given = (dy, x, weight, bias, residual)
     with torch.enable_grad():
-        roots = [None if value is None else (value if value.requires_grad else value.detach().requires_grad_()) for value in inputs]
-        seed = dy if dy.requires_grad else dy.detach().requires_grad_()
-        y = reference.group_norm(roots[0], num_groups, roots[1], roots[2], eps, activation, negative_slope, roots[3], dy.dtype)
-        wanted = [(root, g) for root, g in zip(roots, upstream, strict=True) if root is not None and g is not None]
-        first = torch.autograd.grad(y, [root for root, _ in wanted], seed, create_graph=True)
-        second = torch.autograd.grad(first, leaves, [g for _, g in wanted], create_graph=True, allow_unused=True)
-    found = iter(second)
-    return [next(found) if value is not None and value.requires_grad else None for value in (dy, *inputs)]
+        # aliases: dy may itself be a function of x, and that path is not ours to follow
+        roots = [value if value is None else value.view_as(value) if value.requires_grad else value.detach().requires_grad_() for value in given]
+        y = reference.group_norm(roots[1], num_groups, roots[2], roots[3], eps, activation, negative_slope, roots[4], dy.dtype)
+        wanted = [(root, g) for root, g in zip(roots[1:], upstream, strict=True) if root is not None and g is not None]
+        first = torch.autograd.grad(y, [root for root, _ in wanted], roots[0], create_graph=True)
+        leaves = [root for root, value in zip(roots, given, strict=True) if value is not None and value.requires_grad]
+        second = iter(torch.autograd.grad(first, leaves, [g for _, g in wanted], create_graph=True, allow_unused=True))
+    return [next(second) if value is not None and value.requires_grad else None for value in given]
 
 
 def _double_backward(upstream, dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope):
@@ -224,13 +227,12 @@ def group_norm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The differentiable op, as the dispatcher calls it at the Autograd key."""
+    ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
     weight, bias = ops.modulate(x, weight, bias, scale, shift)
     if transforming():
-        ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
         return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype)
     fwd = torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
         return _apply(fwd, ops.dense(x), weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
     return fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)[0]
 
@@ -238,6 +240,7 @@ def group_norm(
 def group_norm_eager(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift, out_dtype):
     """The same on plain tensors: past the dispatcher."""
     if scale is not None or shift is not None:
+        ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
         weight, bias = ops.modulate(x, weight, bias, scale, shift)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
         if not x.is_contiguous():

@@ -149,8 +149,12 @@ def _candidates(op: str, device: str, forced: str | None) -> tuple[Callable[...,
 
 def run(op: str, x: Tensor, *args) -> None:
     """Call the first backend that can run `op` on `x`'s device."""
-    refusals = []
-    for function in _candidates(op, "cpu" if x.is_cpu else x.device.type, _forced):
+    candidates = _candidates(op, "cpu" if x.is_cpu else x.device.type, _forced)
+    try:
+        return candidates[0](*args)
+    except NotImplementedError as refusal:
+        refusals = [str(refusal)]
+    for function in candidates[1:]:
         try:
             return function(*args)
         except NotImplementedError as refusal:

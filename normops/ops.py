@@ -41,10 +41,10 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     channels = shape[1]
     if num_groups <= 0 or channels % num_groups or not channels:
         raise ValueError(f"group_norm: expected num_groups to divide the number of channels {channels}, got {num_groups}")
-    usual, on_cpu = (channels,), x.is_cpu  # the usual case passes quickly
-    if weight is not None and not (weight.shape == usual and weight.dtype in FLOATS and on_cpu and weight.is_cpu):
+    usual = (channels,)  # the usual case passes quickly
+    if weight is not None and (weight.shape != usual or weight.dtype not in FLOATS or not weight.is_cpu or not x.is_cpu):
         _check_vector("weight", weight, x)
-    if bias is not None and not (bias.shape == usual and bias.dtype in FLOATS and on_cpu and bias.is_cpu):
+    if bias is not None and (bias.shape != usual or bias.dtype not in FLOATS or not bias.is_cpu or not x.is_cpu):
         _check_vector("bias", bias, x)
     if residual is not None:
         if residual.shape != shape:

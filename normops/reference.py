@@ -40,7 +40,8 @@ def _gelu_tanh(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     u = SQRT_2_OVER_PI * (t + GELU_TANH_CUBIC * t * t * t)
     du = SQRT_2_OVER_PI * (1 + 3 * GELU_TANH_CUBIC * t * t)
     th = torch.tanh(u)
-    sech2 = 1 - th * th
+    e = torch.exp(-2 * u.abs())
+    sech2 = 4 * e / (1 + e).square()  # 1 - th*th without its cancellation
     first = 0.5 * (1 + th) + 0.5 * t * sech2 * du
     second = sech2 * du * (1 - t * th * du) + 0.5 * t * sech2 * (6 * GELU_TANH_CUBIC * SQRT_2_OVER_PI * t)
     return 0.5 * t * (1 + th), first, second
@@ -61,7 +62,7 @@ def _relu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leaky_relu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.where(t > 0, t, t * slope), torch.where(t > 0, 1.0, slope).to(t.dtype), torch.zeros_like(t)
+    return torch.where(t > 0, t, t * slope), torch.where(t > 0, torch.ones_like(t), slope), torch.zeros_like(t)
 
 
 def _hardswish(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,19 +98,18 @@ def grouped(x: Tensor, num_groups: int) -> Tensor:
 
 
 def normalize(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x_hat`` in x's shape, with mean, mean_lo and rstd of its groups."""
-    x = grouped(x.to(accumulator(x.dtype)), num_groups)
-    dims = tuple(range(2, x.dim()))
-    first = x[(slice(None), slice(None)) + (slice(0, 1),) * len(dims)]
-    mean = (first + (x - first).mean(dims, keepdim=True)).detach()
-    d = x - mean
-    mean_lo = d.mean(dims, keepdim=True)
+    """``x_hat`` in x's shape, with mean, mean_lo and rstd of its groups, (N, G, 1)."""
+    rows = grouped(x.to(accumulator(x.dtype)), num_groups).flatten(2).contiguous()  # torch sums pairwise along contiguous rows only
+    first = rows[..., :1]
+    mean = (first + (rows - first).mean(2, keepdim=True)).detach()
+    d = rows - mean
+    mean_lo = d.mean(2, keepdim=True)
     d = d - mean_lo
-    size = d.detach().abs().amax(dims, keepdim=True)
+    size = d.detach().abs().amax(2, keepdim=True)
     size = torch.where(size > HUGE, size, torch.ones_like(size))  # cancels in x_hat: a constant for the gradient
     d = d / size
-    rstd = torch.rsqrt((d * d).mean(dims, keepdim=True) + eps / size / size)
-    return (d * rstd).flatten(1, 2), mean, mean_lo, rstd / size
+    rstd = torch.rsqrt((d * d).mean(2, keepdim=True) + eps / size / size)
+    return (d * rstd).reshape(x.shape), mean, mean_lo, rstd / size
 
 
 def over(vector: Tensor, t: Tensor) -> Tensor:
@@ -170,11 +170,12 @@ def group_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, re
         dt = dt * _BY_CODE[activation](affine(x_hat.flatten(1, 2), weight, bias, residual), negative_slope)[1]
     for out, value in ((dweight, dt * x_hat.flatten(1, 2)), (dbias, dt)):
         if out is not None:
-            sums = value.flatten(2).sum(2) if value.dim() > 2 else value
+            sums = value.flatten(2).contiguous().sum(2) if value.dim() > 2 else value
             out.copy_(sums if out.dim() == 2 else sums.sum(0))
     if dresidual is not None:
         dresidual.copy_(dt)
     if dx is not None:
-        g = grouped(dt if weight is None else dt * over(weight, dt), num_groups)
-        dims = tuple(range(2, g.dim()))
-        dx.copy_((rstd * (g - g.mean(dims, keepdim=True) - x_hat * (g * x_hat).mean(dims, keepdim=True))).flatten(1, 2))
+        g = grouped(dt if weight is None else dt * over(weight, dt), num_groups).flatten(2).contiguous()
+        x_hat = x_hat.flatten(2).contiguous()
+        g = g - g.mean(2, keepdim=True) - x_hat * (g * x_hat).mean(2, keepdim=True)
+        dx.copy_((rstd.flatten(2) * g).reshape(x.shape))

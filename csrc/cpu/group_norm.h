@@ -131,11 +131,14 @@ class GroupNorm {
     return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at};
   }
 
-  void save(int64_t group, const Moments& moments, double eps) {
-    const Stats<A> result = finish<A>(moments, eps);
-    stats[group] = result.mean;
-    stats[s.groups() + group] = result.mean_lo;
-    stats[2 * s.groups() + group] = result.rstd;
+  // the means of `sets` are counted from `base`
+  void save(int64_t group, A base, const Moments* sets, int64_t count, int64_t stride, double eps) {
+    const Moments m = merge(sets, count, stride);
+    const double whole = static_cast<double>(base) + m.mean;
+    const A mean = static_cast<A>(whole);
+    stats[group] = mean;
+    stats[s.groups() + group] = static_cast<A>((static_cast<double>(base) - static_cast<double>(mean)) + m.mean);
+    stats[2 * s.groups() + group] = static_cast<A>(1 / std::sqrt(m.m2 / m.count + eps));
   }
 
   int64_t parameter(int64_t group) const { return (group / s.G) * affine.stride + (group % s.G) * s.D(); }  // index of the first channel's
@@ -182,10 +185,9 @@ class GroupNorm {
     return at;
   }
 
-  Moments chunk_moments(int64_t group, int64_t chunk, const Moments* first) const {  // first: of the group's first chunk, when known
+  Moments chunk_moments(int64_t group, int64_t chunk, A& center) const {  // the first chunk sets the center that the others take as a guess
     const int64_t begin = chunk * kChunk;
-    const A center = first ? static_cast<A>(first->mean) : 0;
-    return loop.moments(x + group * s.n() + begin, std::min(kChunk, s.n() - begin), first ? &center : nullptr);
+    return loop.moments(x + group * s.n() + begin, std::min(kChunk, s.n() - begin), center, chunk > 0);
   }
 
   void apply_piece(T* y, const Rows<A>& group_at, int64_t group, int64_t index) const {
@@ -204,19 +206,21 @@ class GroupNorm {
         Moments few[16];
         auto many = chunks > 16 ? buffer<Moments>(chunks) : nullptr;
         Moments* sets = many ? many.get() : few;
-        for (int64_t chunk = 0; chunk < chunks; chunk++) sets[chunk] = chunk_moments(group, chunk, chunk ? sets : nullptr);
-        save(group, merge(sets, chunks, 1), eps);
+        A center;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) sets[chunk] = chunk_moments(group, chunk, center);
+        save(group, center, sets, chunks, 1, eps);
         const Rows<A> at = coefficients(group);
         for (int64_t index = pieces(); index-- > 0;) apply_piece(y, at, group, index);  // backwards: the end is still in the cache
       });
     }
     auto sets = buffer<Moments>(s.groups() * chunks);
-    for (int64_t group = 0; group < s.groups(); group++) sets[group * chunks] = chunk_moments(group, 0, nullptr);
+    auto centers = buffer<A>(s.groups());
+    for (int64_t group = 0; group < s.groups(); group++) sets[group * chunks] = chunk_moments(group, 0, centers[group]);
     parallel(s.groups() * (chunks - 1), kChunk, [&](int64_t i) {
       const int64_t group = i / (chunks - 1), chunk = i % (chunks - 1) + 1;
-      sets[group * chunks + chunk] = chunk_moments(group, chunk, &sets[group * chunks]);
+      sets[group * chunks + chunk] = chunk_moments(group, chunk, centers[group]);
     });
-    for (int64_t group = 0; group < s.groups(); group++) save(group, merge(&sets[group * chunks], chunks, 1), eps);
+    for (int64_t group = 0; group < s.groups(); group++) save(group, centers[group], &sets[group * chunks], chunks, 1, eps);
     const int64_t steps = s.groups() * pieces();
     parallel(steps, s.n() / pieces(), [&](int64_t i) {
       const int64_t group = (steps - 1 - i) / pieces();
@@ -275,7 +279,8 @@ class GroupNorm {
   }
 
   // out[i] = sum over `count` parts, `stride` apart
-  static void fold_parts(A* out, const A* partial, int64_t n, int64_t count, int64_t stride) {
+  template <typename E>
+  static void fold_parts(A* out, const E* partial, int64_t n, int64_t count, int64_t stride) {
     for (int64_t i = 0; i < n; i++) {
       double total = 0;
       for (int64_t part = 0; part < count; part++) total += partial[part * stride + i];
@@ -290,34 +295,49 @@ class GroupNorm {
   int64_t pixels_of(int64_t block) const { return std::min(block_pixels(), s.S - block * block_pixels()); }
   int64_t offset_of(int64_t sample, int64_t block) const { return (sample * s.S + block * block_pixels()) * s.C; }
 
-  // Moments of all groups over one block. `center` (C) holds a mean per channel: a guess, or, in a sample's first block, what is found here.
+  static constexpr int64_t kRun = 128;  // pixels summed in A; longer sums continue in double
+
+  // totals[i] = what f(sums, first pixel, pixels) adds to sums[i], over runs of pixels
+  template <typename F>
+  static void sum_runs(double* totals, int64_t n, int64_t pixels, const F& f) {
+    auto sums = buffer<A>(n);
+    std::fill_n(totals, n, 0.0);
+    for (int64_t begin = 0; begin < pixels; begin += kRun) {
+      std::fill_n(sums.get(), n, A(0));
+      f(sums.get(), begin, std::min(kRun, pixels - begin));
+      for (int64_t i = 0; i < n; i++) totals[i] += sums[i];
+    }
+  }
+
+  // Moments of all groups over one block, the means counted from `center` (C, equal within a group): a guess when it is `known`, else set here.
   void block_moments(Moments* out, int64_t sample, int64_t block, A* center, bool known) const {
     const int64_t pixels = pixels_of(block), D = s.D();
     const T* start = x + offset_of(sample, block);
     const double count = static_cast<double>(pixels) * D;
-    auto sums = buffer<A>(2 * s.C);
+    auto totals = buffer<double>(2 * s.C);
     if (!known) {
       for (int64_t group = 0; group < s.G; group++) std::fill_n(center + group * D, D, load<1>(start + group * D));
-      std::fill_n(sums.get(), s.C, A(0));
-      loop.column_moments(sums.get(), nullptr, start, center, pixels, s.C);
-      for (int64_t group = 0; group < s.G; group++) {
-        A* middle = center + group * D;
-        std::fill_n(middle, D, static_cast<A>(*middle + sum_of(&sums[group * D], D) / count));
-      }
+      sum_runs(totals.get(), s.C, pixels, [&](A* sums, int64_t first, int64_t run) {
+        loop.column_moments(sums, nullptr, start + first * s.C, center, run, s.C);
+      });
+      for (int64_t group = 0; group < s.G; group++)
+        std::fill_n(center + group * D, D, static_cast<A>(center[group * D] + sum_of(&totals[group * D], D) / count));
     }
-    std::fill_n(sums.get(), 2 * s.C, A(0));
-    loop.column_moments(sums.get(), &sums[s.C], start, center, pixels, s.C);
+    sum_runs(totals.get(), 2 * s.C, pixels, [&](A* sums, int64_t first, int64_t run) {
+      loop.column_moments(sums, sums + s.C, start + first * s.C, center, run, s.C);
+    });
     for (int64_t group = 0; group < s.G; group++) {
-      const A middle = center[group * D];
-      const double low = sum_of(&sums[group * D], D) / count;
-      double m2 = sum_of(&sums[s.C + group * D], D);
-      if (std::isinf(m2)) m2 = wide_squares(start + group * D, middle, pixels);
+      const double low = sum_of(&totals[group * D], D) / count;
+      double m2 = sum_of(&totals[s.C + group * D], D);
+      if (std::isinf(m2)) m2 = wide_squares(start + group * D, center[group * D], pixels);
       m2 -= low * low * count;
       if (known && !(low * low * count <= kBadGuess * m2)) {
         auto own = buffer<A>(s.C);
-        return block_moments(out, sample, block, own.get(), false);
+        block_moments(out, sample, block, own.get(), false);
+        for (int64_t g = 0; g < s.G; g++) out[g].mean += static_cast<double>(own[g * D]) - static_cast<double>(center[g * D]);
+        return;
       }
-      out[group] = {count, static_cast<double>(middle) + low, m2 < 0 ? 0 : m2};
+      out[group] = {count, low, m2 < 0 ? 0 : m2};
     }
   }
 
@@ -353,15 +373,15 @@ class GroupNorm {
   }
 
   void forward_columns(T* y, double eps) {
-    auto fold = [&](int64_t sample, const Moments* sets) {
-      for (int64_t group = 0; group < s.G; group++) save(sample * s.G + group, merge(sets + group, blocks(), s.G), eps);
+    auto fold = [&](int64_t sample, const Moments* sets, const A* center) {
+      for (int64_t group = 0; group < s.G; group++) save(sample * s.G + group, center[group * s.D()], sets + group, blocks(), s.G, eps);
     };
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
         auto sets = buffer<Moments>(blocks() * s.G);
         auto storage = buffer<A>(7 * s.C);
         for (int64_t block = 0; block < blocks(); block++) block_moments(&sets[block * s.G], sample, block, storage.get(), block > 0);
-        fold(sample, sets.get());
+        fold(sample, sets.get(), storage.get());
         const auto at = sample_coefficients(sample, nullptr, storage.get());
         for (int64_t block = blocks(); block-- > 0;) apply_block(y, at, sample, block);
       });
@@ -375,7 +395,7 @@ class GroupNorm {
     });
     auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) {
-      fold(sample, &sets[sample * blocks() * s.G]);
+      fold(sample, &sets[sample * blocks() * s.G], &storage[sample * 7 * s.C]);
       at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
     }
     parallel(steps, step_size, [&](int64_t i) {
@@ -384,9 +404,11 @@ class GroupNorm {
     });
   }
 
-  void sum_block(A* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {  // out: (2, C)
-    std::fill_n(out, 2 * s.C, A(0));
-    loop.column_sums(out, out + s.C, backward_from(nullptr, nullptr, dy, offset_of(sample, block), at), pixels_of(block), s.C, options);
+  void sum_block(double* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {  // out: (2, C)
+    const int64_t start = offset_of(sample, block);
+    sum_runs(out, 2 * s.C, pixels_of(block), [&](A* sums, int64_t first, int64_t run) {
+      loop.column_sums(sums, sums + s.C, backward_from(nullptr, nullptr, dy, start + first * s.C, at), run, s.C, options);
+    });
   }
 
   void backward_block(T* dx, T* dt, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {
@@ -395,12 +417,13 @@ class GroupNorm {
 
   void backward_columns(T* dx, T* dt, A* sums, const T* dy) {
     const bool apply = dx || dt;
-    auto fold = [&](int64_t sample, const A* partial) {
+    auto fold = [&](int64_t sample, const double* partial) {
       for (int64_t k = 0; k < 2; k++) fold_parts(sums + (k * s.N + sample) * s.C, partial + k * s.C, s.C, blocks(), 2 * s.C);
     };
     if (enough(s.N, s.S * s.C)) {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
-        auto storage = buffer<A>(7 * s.C), partial = buffer<A>(blocks() * 2 * s.C);
+        auto storage = buffer<A>(7 * s.C);
+        auto partial = buffer<double>(blocks() * 2 * s.C);
         auto at = sample_coefficients(sample, nullptr, storage.get());
         for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block);
         fold(sample, partial.get());
@@ -410,7 +433,8 @@ class GroupNorm {
       });
     }
     const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
-    auto storage = buffer<A>(s.N * 7 * s.C), partial = buffer<A>(steps * 2 * s.C);
+    auto storage = buffer<A>(s.N * 7 * s.C);
+    auto partial = buffer<double>(steps * 2 * s.C);
     auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
     parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks()); });

@@ -48,7 +48,8 @@ struct Backward {  // dx and, where wanted, dt
 template <typename T>
 struct Loops {
   using A = Acc<T>;
-  Moments (*moments)(const T* x, int64_t n, const A* center);  // n <= kChunk; center: a guess of the mean, or null
+  // of n <= kChunk elements, the mean counted from `center`: a guess when it is `known`, else set here
+  Moments (*moments)(const T* x, int64_t n, A& center, bool known);
   void (*rows)(const Forward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);
   void (*row_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);  // per row
   void (*row_backward)(const Backward<T, Rows<A>>&, int64_t rows, int64_t length, Options<A>);

@@ -186,11 +186,16 @@ __device__ Place place(const Problem& p, const Split& split) {
   return at;
 }
 
+template <typename A>
+struct Chunk {  // moments of some elements of a group: the mean is hi + lo; m2 in double, so that it cannot overflow
+  A hi, lo;
+  double m2;
+};
+
 // Of `elements` elements for each of K channels. This thread has the vectors held[0], held[stride], ...; `sum` sums over the threads.
 template <int K, typename A, typename T, int V, typename Sum>
-__device__ void moments(Moments (&out)[K], const Vec<T, V>* held, int count, int stride, const A (&first)[K], int elements, Sum sum) {
-  constexpr double kUnscale = 0x1p200;
-  A hi[K] = {}, lo[K] = {}, squares[K] = {};
+__device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, int stride, const A (&first)[K], int elements, Sum sum) {
+  A hi[K] = {}, lo[K] = {}, squares[K] = {}, scaled[K] = {};
   const auto each = [&](auto body) {
 #pragma unroll 4
     for (int r = 0; r < count; r++) {
@@ -213,22 +218,27 @@ __device__ void moments(Moments (&out)[K], const Vec<T, V>* held, int count, int
   bool overflow = false;
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    const double mean_lo = static_cast<double>(lo[k]) / elements;
-    out[k] = {static_cast<double>(elements), hi[k] + mean_lo, static_cast<double>(squares[k]) - elements * mean_lo * mean_lo};
+    lo[k] /= static_cast<A>(elements);
+    out[k] = {hi[k], lo[k], squares[k] - static_cast<double>(elements) * lo[k] * lo[k]};
     overflow = overflow || !isfinite(squares[k]);
   }
   if (!__syncthreads_or(overflow)) return;
-  A scaled[K] = {};  // the squares of huge floats: again, of what is 2^-100 as large
-  each([&](int k, A x) {
+  each([&](int k, A x) {  // the squares of huge floats: again, of what is 2^-100 as large
     const A d = (x - hi[k]) * static_cast<A>(0x1p-100);
     scaled[k] = fma_(d, d, scaled[k]);
   });
   sum(scaled);
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    const double mean_lo = static_cast<double>(lo[k]) / elements;
-    if (!isfinite(squares[k])) out[k].m2 = static_cast<double>(scaled[k]) * kUnscale - elements * mean_lo * mean_lo;
+    if (!isfinite(squares[k])) out[k].m2 = scaled[k] * 0x1p200 - static_cast<double>(elements) * lo[k] * lo[k];
   }
+}
+
+// Of a group, whose `m` is relative to `base`: close to all its means, so that none of their digits is lost
+template <typename A>
+__device__ Stats<A> finish(double base, const Moments& m, double eps) {
+  const A mean = static_cast<A>(base + m.mean);
+  return {mean, static_cast<A>((base - mean) + m.mean), finish<A>(m, eps).rstd};
 }
 
 template <typename A>

@@ -177,9 +177,9 @@ void group_norm_fwd(Tensor y, OptionalTensor stats, Tensor x, OptionalTensor wei
       }
       const int64_t bytes_per_step = kThreads * V * sizeof(T);
       const Split split = split_of(p, LAST, V, std::min(kMaxSteps, kHeldBytes / bytes_per_step));
-      const int64_t steps = ceil_div(split.positions, LAST ? kThreads / split.lanes : split.lanes * V), partials = 2 * p.N * split.tiles * p.C;
-      Workspace workspace(x, 8 * (partials + (saved ? 0 : 3 * p.N * p.G)));
-      double* partial = workspace.take<double>(partials);
+      const int64_t steps = ceil_div(split.positions, LAST ? kThreads / split.lanes : split.lanes * V), chunks = p.N * split.tiles * p.C;
+      Workspace workspace(x, chunks * sizeof(Chunk<A>) + 8 * (saved ? 0 : 3 * p.N * p.G));
+      Chunk<A>* partial = workspace.take<Chunk<A>>(chunks);
       A* folded = saved ? saved : workspace.take<A>(3 * p.N * p.G);
       launch(moments_kernel<T, V, LAST>, split.blocks, 1, kThreads, steps * bytes_per_step, p, split, in, partial);
       launch(fold_moments_kernel<A>, p.N * p.G, 1, kThreads, 0, p, split, eps, partial, folded);

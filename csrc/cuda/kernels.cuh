@@ -5,7 +5,7 @@
 //   group_bwd -> parameter_grads               all gradients, a block per group; channels first only
 //   sums -> fold_sums -> apply_bwd -> parameter_grads        the same, split
 //
-// Partials are (2, N, tiles, C): mean and M2 in double, or sum_dt and sum_dt_x_hat in A. Sums are (2, N, C), stats (3, N, G), c2 and c3 (2, N, G).
+// Partials are a Chunk for each (N, tiles, C), or sum_dt and sum_dt_x_hat, (2, N, tiles, C). Sums are (2, N, C), stats (3, N, G), c2 and c3 (2, N, G).
 #pragma once
 
 #include "device.cuh"
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kThreads) group_fwd_kernel(Problem p, double e
 #pragma unroll 4
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) held[i] = load<V>(x + offset(i));
   const A first[1] = {static_cast<A>(x[base])};
-  Moments m[1];
-  moments(m, held + threadIdx.x, rounds(vectors, threadIdx.x, blockDim.x), blockDim.x, first, vectors * V, [](auto& value) { block_sum(value, 1); });
-  const Stats<A> own = finish<A>(m[0], eps);
+  Chunk<A> all[1];
+  moments(all, held + threadIdx.x, rounds(vectors, threadIdx.x, blockDim.x), blockDim.x, first, vectors * V, [](auto& value) { block_sum(value, 1); });
+  const Stats<A> own = finish<A>(all[0].hi, {static_cast<double>(vectors) * V, all[0].lo, all[0].m2}, eps);
   if (stats && threadIdx.x == 0) {
     stats[blockIdx.x] = own.mean;
     stats[gridDim.x + blockIdx.x] = own.mean_lo;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) group_fwd_kernel(Problem p, double e
 }
 
 template <typename T, int V, bool LAST>
-__global__ void __launch_bounds__(kThreads) moments_kernel(Problem p, Split split, const T* x, double* partial) {
+__global__ void __launch_bounds__(kThreads) moments_kernel(Problem p, Split split, const T* x, Chunk<Accumulator<T>>* partial) {
   using A = Accumulator<T>;
   constexpr int K = LAST ? V : 1;
   Vec<T, V>* held = reinterpret_cast<Vec<T, V>*>(shared_memory) + threadIdx.x;
@@ -55,26 +55,23 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(Problem p, Split spli
   A first[K];
 #pragma unroll
   for (int k = 0; k < K; k++) first[k] = static_cast<A>(x[at.first + k]);
-  Moments m[K];
-  moments(m, held, at.count, kThreads, first, at.elements, [&](auto& value) { team_sum<LAST>(value, split.lanes); });
+  Chunk<A> chunks[K];
+  moments(chunks, held, at.count, kThreads, first, at.elements, [&](auto& value) { team_sum<LAST>(value, split.lanes); });
   if (!at.owner) return;
-  const int64_t i = (at.n * split.tiles + at.tile) * p.C + at.c, size = p.N * split.tiles * p.C;
 #pragma unroll
-  for (int k = 0; k < K; k++) {
-    partial[i + k] = m[k].mean;
-    partial[size + i + k] = m[k].m2;
-  }
+  for (int k = 0; k < K; k++) partial[(at.n * split.tiles + at.tile) * p.C + at.c + k] = chunks[k];
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) fold_moments_kernel(Problem p, Split split, double eps, const double* partial, A* stats) {
+__global__ void __launch_bounds__(kThreads) fold_moments_kernel(Problem p, Split split, double eps, const Chunk<A>* partial, A* stats) {
   static __shared__ Moments scratch[kThreads];
-  const int64_t n = blockIdx.x / p.G, size = p.N * split.tiles * p.C;
-  const int g = blockIdx.x % p.G;
+  const int64_t n = blockIdx.x / p.G, start = n * split.tiles * p.C + blockIdx.x % p.G * p.D;
+  const double base = partial[start].hi;
   Moments m{0, 0, 0};
   for (int64_t j = threadIdx.x; j < split.tiles * p.D; j += kThreads) {
-    const int64_t tile = j / p.D, left = p.S - tile * split.positions, i = (n * split.tiles + tile) * p.C + g * p.D + j % p.D;
-    const Moments next{static_cast<double>(left < split.positions ? left : split.positions), partial[i], partial[size + i]};
+    const int64_t tile = j / p.D, left = p.S - tile * split.positions;
+    const Chunk<A> chunk = partial[start + tile * p.C + j % p.D];
+    const Moments next{static_cast<double>(left < split.positions ? left : split.positions), (chunk.hi - base) + chunk.lo, chunk.m2};
     m = m.count ? merge(m, next) : next;
   }
   scratch[threadIdx.x] = m;
@@ -83,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) fold_moments_kernel(Problem p, Split
     if (threadIdx.x < half && scratch[threadIdx.x + half].count) scratch[threadIdx.x] = merge(scratch[threadIdx.x], scratch[threadIdx.x + half]);
   }
   if (threadIdx.x) return;
-  const Stats<A> own = finish<A>(scratch[0], eps);
+  const Stats<A> own = finish<A>(base, scratch[0], eps);
   stats[blockIdx.x] = own.mean;
   stats[gridDim.x + blockIdx.x] = own.mean_lo;
   stats[2 * gridDim.x + blockIdx.x] = own.rstd;

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq
+# pinned for development; the plain wheel brings gigabytes of CUDA, which only a machine with a GPU wants
+TORCH := torch==2.13.0
+CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-gpu bench lint
+
+demo: $(VENV)/ready
+	$(RUN) examples/digits.py $(ARGS)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/ready
+	$(RUN) -m bench $(ARGS)
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy normops
+
+# the environment of the three above: made once, and again when what it is made from changes
+$(VENV)/ready: setup.py pyproject.toml $(shell find csrc -type f)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel ninja numpy
+	command -v nvidia-smi >/dev/null || $(PIP) $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH)+cpu $(CPU_INDEX) || true
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation -e ".[triton,test,demo,dev]"
+	$(RUN) -m normops && touch $@
+
+# on a GPU, with the torch and triton that python3 has; nothing is installed or downloaded
+SANITIZED := (test_samples_do_not_meet or test_nothing_is_written_outside) and not reference
+test-gpu:
+	NORMOPS_BUILD=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m normops
+	NORMOPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(ARGS)
+	command -v compute-sanitizer >/dev/null || exit 0; for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMOPS_TEST_DEVICE=cuda compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(PYTHON) -m pytest tests/test_group_norm.py -k "$(SANITIZED)" || exit 1; done

@@ -1,0 +1,155 @@
+"""Which kernels with which block sizes: a pure function of the shape and the device, no tuning on the way.
+
+Sizes as in the kernels: N samples, C = G D channels, S positions. A group is D S elements, backward holds it twice (x and dy).
+    held   a program holds whole groups: 2 memory passes forward, 3 backward
+    split  tiles of all groups, statistics through memory: the second reading comes from cache where everything fits it
+Nothing here was measured yet: the reasons are occupancy and register counts of compiled kernels.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on. The defaults are an H200's, for compiling and testing without a device."""
+
+    processors: int = 132
+    cache: int = 60 << 20
+
+    @property
+    def cache_budget(self):
+        return self.cache * 65 // 100  # above two thirds of L2 a second reading begins to miss
+
+
+@dataclass(frozen=True)
+class Config:
+    regime: str
+    V: int  # elements in one vector access; the contiguous length is a multiple of it unless SIDE
+    SIDE: bool  # odd S, channels first: aligned interior plus side lanes
+    ROWS: int  # held: groups in a program
+    OUTER: int  # a tile holds OUTER * BLOCK_S positions
+    BLOCK_C: int
+    BLOCK_S: int
+    num_warps: int
+    SLOTS: int = 0  # held backward: samples whose sums are kept apart, the others are added to them
+    FOLD: bool = False  # split forward: apply merges the partials itself
+    LARGE: bool = False  # split: not everything fits the cache
+
+
+@functools.lru_cache
+def device_of(index):
+    """The device of that number; below 0 (the interpreter's CPU tensors) the default."""
+    if index < 0:
+        return Device()
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def power_above(x):
+    return 1 << (x - 1).bit_length()
+
+
+def power_dividing(x):
+    return x & -x
+
+
+def power_below(x):
+    return 1 << (x.bit_length() - 1)
+
+
+def divide(x, y):
+    return -(-x // y)
+
+
+def vector(length, itemsize):
+    """Widest access, at most 16 bytes, that divides the contiguous length."""
+    return min(16 // itemsize, power_dividing(length))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(N, C, S, G, itemsize, channels_last, backward, device=Device()):
+    """The Config for one call. Cooperative regimes (a group over several programs that meet at a barrier) will be chosen here."""
+    D = C // G
+    channels_last = channels_last or S == 1
+    V, SIDE = vector(D if channels_last else S, itemsize), False
+    # Under 8 bytes an access, long rows are worth an aligned interior with a head and a tail.
+    if not channels_last and V * itemsize < 8 and S >= 256:
+        V, SIDE = 16 // itemsize, True
+    held = _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE)
+    # Channels last, a held group is D contiguous elements here and there: under a 32-byte sector, only where it all is in cache.
+    pieces_ok = not channels_last or S == 1 or D * itemsize >= 32 or N * C * S * itemsize <= 1 << 20
+    if held and pieces_ok and C * S < 1 << 31:
+        return held
+    if channels_last:
+        V = vector(C, itemsize)
+    return _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE)
+
+
+def _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE):
+    BLOCK_C, BLOCK_S = power_above(D), power_above(S)
+    tile = BLOCK_C * BLOCK_S
+    # 64 KB a group is one program's registers at 16 warps; a longer one is streamed faster by several.
+    if tile * itemsize * (2 if backward else 1) > 64 << 10:
+        return None
+    # 4096 elements a program while that leaves every processor 4 programs; groups over 4 KB stay alone.
+    groups = N * G
+    ROWS = 1
+    if tile <= 2048:
+        ROWS = min(4096 // tile, power_below(max(1, groups // (4 * device.processors))))
+    # 32 elements a thread (64 registers: two programs of 16 warps a processor). Half of that where weight and bias are as many as
+    # x, in fp64, where accesses are narrow and each needs an address, or where there are too few programs to fill the device anyway.
+    few = divide(groups, ROWS) < 2 * device.processors
+    per_thread = 16 if BLOCK_S < 8 or few or V * itemsize < 8 or itemsize == 8 else 32
+    num_warps = min(16, max(1, ROWS * tile // (32 * per_thread)))
+    # Sums cost 16 bytes a channel and sample: more than x itself beside a single position, and somebody has to add them up. So walk
+    # over samples, as far as 8 programs a processor remain.
+    SLOTS = min(N, divide(8 * device.processors * ROWS, G))
+    OUTER, BLOCK_S = _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
+    return Config("held", V, SIDE, ROWS, OUTER, BLOCK_C, BLOCK_S, num_warps, SLOTS=SLOTS)
+
+
+def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
+    # 32 elements a thread at 8 warps: 64 registers, 4 programs a processor, at least 64 KB in flight there. At 4 warps where there
+    # is x and dy, or where each thread has sums of V channels to bring together with the other warps'.
+    elements = min(4096 if backward or channels_last else 8192, (32 << 10) // itemsize)
+    while elements > 2048 and N * C * S < elements * 2 * device.processors:
+        elements //= 2
+    if channels_last:
+        # Stores want 128 contiguous bytes, and sums prefer that a warp lies along the channels (512 bytes): up to a quarter of idle lanes
+        # costs less than the shuffles of narrow tiles (320 channels: 3 x 128 is 22 instructions an element, 5 x 64 is 28).
+        BLOCK_C = _best(C, 64 // itemsize, 512 // itemsize, 1.25)
+        BLOCK_S = min(elements // BLOCK_C, power_above(S))
+        BLOCK_C = min(elements // BLOCK_S, power_above(C))
+    else:
+        BLOCK_S = _best(S, 64, elements, 1.1)
+        BLOCK_C = min(elements // BLOCK_S, power_above(C))
+        if not backward and power_dividing(D) < BLOCK_C and power_dividing(D) * BLOCK_S >= 2048:
+            BLOCK_C = power_dividing(D)
+    # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
+    FOLD = not backward and D % BLOCK_C == 0 and divide(S, BLOCK_S) * D <= 128
+    LARGE = N * C * S * itemsize * (2 if backward else 1) > device.cache_budget // 2
+    num_warps = max(1, BLOCK_C * BLOCK_S // (512 if itemsize == 8 or BLOCK_S < 8 else 1024))
+    if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
+        raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
+    OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
+    return Config("split", V, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, num_warps, FOLD=FOLD, LARGE=LARGE)
+
+
+def _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last):
+    """OUTER, BLOCK_S of a tile of BLOCK_S positions. Triton spreads warps along the last axes first; a last axis no longer than one
+    warp's access gives each warp channels of its own: a third of the shuffles, and each thread loads few weights."""
+    inner = 32 * V
+    if channels_last or ROWS > 1 or BLOCK_S <= inner or BLOCK_C < num_warps:
+        return 1, BLOCK_S
+    return BLOCK_S // inner, inner
+
+
+def _best(length, least, most, slack):
+    """The largest power of two in [least, most] whose tiles over `length` take at most `slack` times the lanes of the best one's."""
+    most = min(most, power_above(length))
+    sizes = [1 << k for k in range(min(least, most).bit_length() - 1, most.bit_length())]
+    lanes = [divide(length, size) * size for size in sizes]
+    return max(size for size, used in zip(sizes, lanes, strict=True) if used <= slack * min(lanes))

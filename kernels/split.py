@@ -1,0 +1,274 @@
+"""Group norm in three steps over tiles of 16 to 32 KB, for groups that do not fit one program: moments, fold, apply.
+
+The grid is all tiles [BLOCK_C channels, BLOCK_S positions] of all samples, however few groups there are; T = ceil(S / BLOCK_S).
+    forward     moments  partials (3, N, T, C) = hi, lo, root_M2 of each channel's BLOCK_S positions
+                fold     stats (3, N, G) = hi, lo, rstd of each group: its T D partials merged (skipped if FOLD in apply)
+                apply    y = act(x_hat weight + bias (+ residual))
+    backward    sums     partials (2, N, T, C) = sum_dt_xhat, sum_dt
+                fold     sums (2, N, C): over t; coefficients (2, N, G) = c2, c3:
+                         c2 = -rstd/(D S) sum_c weight sum_dt_xhat     c3 = -rstd/(D S) sum_c weight sum_dt
+                apply    dx = rstd weight dt + c2 x_hat + c3           dresidual = dt
+The second reading of a tensor runs in the reverse order of the first, so that what the cache still holds is met first.
+LARGE (it does not all fit the cache): keep what is read first, let go of what is read last and of the outputs.
+"""
+
+import triton
+import triton.language as tl
+
+from .algebra import inverse_std, load, load_affine, merge_moments, moments, place, total, whole
+from .elementwise import backward_of, forward_of, store_gradients
+
+
+@triton.jit
+def tile(pid, C, T, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sample, chunk of positions and first channel of a program. Neighbours in the grid are neighbours in memory."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    if CHANNELS_LAST:
+        block, t = pid % blocks, pid // blocks % T
+    else:
+        t, block = pid % T, pid // T % blocks
+    return (pid // (T * blocks)).to(tl.int64), t, block * BLOCK_C
+
+
+@triton.jit
+def place_tile(
+    n, t, c_0, C, S, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Channels and which of them exist, offsets and masks of main and side lanes, positions, offset of each channel's first."""
+    stride_c, stride_s = (1, C) if CHANNELS_LAST else (S, 1)
+    s_0 = t.to(tl.int64) * (OUTER * BLOCK_S)
+    length = tl.minimum(S - s_0, OUTER * BLOCK_S).to(tl.int32)
+    base = n * C * S + c_0.to(tl.int64) * stride_c + s_0 * stride_s
+    i = tl.arange(0, BLOCK_C)[None, :, None]
+    live = c_0 + i < C
+    offset, mask, offset_side, mask_side = place(base, i, length, stride_c, stride_s, OUTER, BLOCK_S, V, SIDE)
+    return c_0 + i, live, offset, mask & live, offset_side, mask_side & live, length, base + i * stride_c
+
+
+@triton.jit(do_not_specialize=["N", "C", "S", "T"])
+def _moments_kernel(
+    x_ptr, partials_ptr, N, C, S, T,
+    CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    POLICY: tl.constexpr = "evict_last" if LARGE else ""
+    C = whole(C, V, CHANNELS_LAST)
+    S = whole(S, V, not CHANNELS_LAST and not SIDE)
+    n, t, c_0 = tile(tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
+        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
+    )
+    x = load(x_ptr, offset, mask, ACC, POLICY)
+    x_side = load(x_ptr, offset_side, mask_side, ACC, POLICY) if SIDE else x
+    some = load(x_ptr, first, live, ACC)
+    d, d_side, hi, lo, M2, scale = moments(x, mask, x_side, mask_side, some, length.to(ACC), False, SIDE, OUTER)
+    out = partials_ptr + ((n * T + t) * C + c)
+    stride_k = N.to(tl.int64) * T * C
+    tl.store(out, hi, live)
+    tl.store(out + stride_k, lo, live)
+    tl.store(out + 2 * stride_k, tl.sqrt(M2) / scale, live)
+
+
+@triton.jit
+def merge_group(
+    partials_ptr, n, g, eps, N, C, D, S, T, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """hi, lo, rstd of group g of sample n."""
+    start = n * T * C + g * D
+    hi, lo, M2, scale, count = merge_moments(partials_ptr, start, N.to(tl.int64) * T * C, T, C, D, S, CHUNK, BLOCK_P)
+    return hi, lo, inverse_std(M2, scale, count, tl.full((), eps, hi.dtype))
+
+
+@triton.jit
+def store_stats(stats_ptr, row, rows, hi, lo, rstd, mask):
+    tl.store(stats_ptr + row, hi, mask)
+    tl.store(stats_ptr + rows + row, lo, mask)
+    tl.store(stats_ptr + rows + rows + row, rstd, mask)
+
+
+@triton.jit(do_not_specialize=["N", "C", "D", "S", "T"])
+def _fold_moments_kernel(
+    partials_ptr, stats_ptr, N, C, D, S, T, eps: "fp64", CHUNK: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    G = C // D
+    n, g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    hi, lo, rstd = merge_group(partials_ptr, n, g, eps, N, C, D, S, T, CHUNK, BLOCK_P)
+    store_stats(stats_ptr, tl.program_id(0), N * G, hi, lo, rstd, True)
+
+
+@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
+def _apply_kernel(
+    x_ptr, partials_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, stats_ptr,
+    weight_rows, bias_rows, N, C, D, S, T, eps: "fp64", slope: "fp64",
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """FOLD: a tile lies in one group, and each program merges that group's few partials itself."""
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    POLICY: tl.constexpr = "evict_first" if LARGE else ""
+    C = whole(C, V, CHANNELS_LAST)
+    S = whole(S, V, not CHANNELS_LAST and not SIDE)
+    n, t, c_0 = tile(tl.num_programs(0) - 1 - tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
+        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
+    )
+    weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
+    bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
+    x = load(x_ptr, offset, mask, ACC, POLICY)
+    x_side = load(x_ptr, offset_side, mask_side, ACC, POLICY) if SIDE else x
+    G = C // D
+    if FOLD:
+        g = c_0 // D
+        hi, lo, rstd = merge_group(partials_ptr, n, g, eps, N, C, D, S, T, OUTER * BLOCK_S, BLOCK_P)
+        if stats_ptr is not None:
+            store_stats(stats_ptr, n * G + g, N * G, hi, lo, rstd, (t == 0) & (c_0 % D == 0))
+    else:
+        row = n * G + c // D
+        hi = load(stats_ptr, row, live, ACC)
+        lo = load(stats_ptr + N * G, row, live, ACC)
+        rstd = load(stats_ptr + N * G + N * G, row, live, ACC)
+    slope = tl.full((), slope, ACC)
+    forward_of(x - hi, offset, mask, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
+    if SIDE:
+        forward_of(
+            x_side - hi, offset_side, mask_side, residual_ptr, y_ptr, lo, rstd, weight, bias, slope,
+            ACTIVATION, ACC, POLICY,
+        )
+
+
+@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
+def _sums_kernel(
+    dy_ptr, x_ptr, stats_ptr, weight_ptr, bias_ptr, residual_ptr, partials_ptr,
+    weight_rows, bias_rows, N, C, D, S, T, slope: "fp64",
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    POLICY: tl.constexpr = "evict_last" if LARGE else ""
+    C = whole(C, V, CHANNELS_LAST)
+    S = whole(S, V, not CHANNELS_LAST and not SIDE)
+    n, t, c_0 = tile(tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
+        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
+    )
+    weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
+    bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
+    row = n * (C // D) + c // D
+    rows = N * (C // D)
+    hi = load(stats_ptr, row, live, ACC)
+    lo = load(stats_ptr + rows, row, live, ACC)
+    rstd = load(stats_ptr + rows + rows, row, live, ACC)
+    slope = tl.full((), slope, ACC)
+    x_hat, dt = backward_of(
+        dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
+    )
+    sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
+    if SIDE:
+        x_hat, dt = backward_of(
+            dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
+        )
+        sum_dt += total(dt, False, 1)
+        sum_dt_xhat += total(dt * x_hat, False, 1)
+    out = partials_ptr + ((n * T + t) * C + c)
+    tl.store(out, sum_dt_xhat, live)
+    tl.store(out + N.to(tl.int64) * T * C, sum_dt, live)
+
+
+@triton.jit(do_not_specialize=["weight_rows", "N", "C", "D", "S", "T"])
+def _fold_sums_kernel(
+    partials_ptr, stats_ptr, weight_ptr, sums_ptr, coefficients_ptr, weight_rows, N, C, D, S, T,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    G = C // D
+    row = tl.program_id(0)
+    n, g = (row // G).to(tl.int64), row % G
+    stride_k = N.to(tl.int64) * T * C
+    Q = tl.zeros((BLOCK_C,), ACC)
+    P = tl.zeros((BLOCK_C,), ACC)
+    for d_0 in range(0, D, BLOCK_C):
+        d = d_0 + tl.arange(0, BLOCK_C)
+        c = g * D + d
+        sum_dt = tl.zeros((BLOCK_C,), ACC)
+        sum_dt_xhat = tl.zeros((BLOCK_C,), ACC)
+        for t_0 in range(0, T, BLOCK_T):
+            t = t_0 + tl.arange(0, BLOCK_T)[:, None]
+            offset = (n * T + t) * C + c[None, :]
+            mask = (t < T) & (d < D)[None, :]
+            sum_dt_xhat += tl.sum(load(partials_ptr, offset, mask, ACC), axis=0)
+            sum_dt += tl.sum(load(partials_ptr + stride_k, offset, mask, ACC), axis=0)
+        tl.store(sums_ptr + (n * C + c), sum_dt_xhat, d < D)
+        tl.store(sums_ptr + N.to(tl.int64) * C + (n * C + c), sum_dt, d < D)
+        weight = load_affine(weight_ptr, n * weight_rows * C + c, d < D, 1.0, ACC)
+        Q += weight * sum_dt_xhat
+        P += weight * sum_dt
+    rstd = tl.load(stats_ptr + N * G + N * G + row)
+    factor = -rstd / (D.to(tl.int64) * S).to(ACC)
+    tl.store(coefficients_ptr + row, factor * tl.sum(Q, axis=0))
+    tl.store(coefficients_ptr + N * G + row, factor * tl.sum(P, axis=0))
+
+
+@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
+def _apply_backward_kernel(
+    dy_ptr, x_ptr, stats_ptr, coefficients_ptr, weight_ptr, bias_ptr, residual_ptr, dx_ptr, dresidual_ptr,
+    weight_rows, bias_rows, N, C, D, S, T, slope: "fp64",
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    POLICY: tl.constexpr = "evict_first" if LARGE else ""
+    C = whole(C, V, CHANNELS_LAST)
+    S = whole(S, V, not CHANNELS_LAST and not SIDE)
+    n, t, c_0 = tile(tl.num_programs(0) - 1 - tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
+        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
+    )
+    weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
+    bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
+    row = n * (C // D) + c // D
+    rows = N * (C // D)
+    hi = load(stats_ptr, row, live, ACC)
+    lo = load(stats_ptr + rows, row, live, ACC)
+    rstd = load(stats_ptr + rows + rows, row, live, ACC)
+    c2 = load(coefficients_ptr, row, live, ACC)
+    c3 = load(coefficients_ptr + rows, row, live, ACC)
+    slope = tl.full((), slope, ACC)
+    x_hat, dt = backward_of(
+        dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
+    )
+    store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
+    if SIDE:
+        x_hat, dt = backward_of(
+            dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
+        )
+        store_gradients(x_hat, dt, offset_side, mask_side, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE) if DTYPE == tl.float64 else x.to(tl.float32).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def _parameter_gradient_kernel(
+    sums_ptr, dweight_ptr, dbias_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """dweight, dbias (C,) = the two halves of sums (2, N, C), summed over n in index order and rounded once."""
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    dweight = tl.zeros((1, BLOCK_C), ACC)
+    dbias = tl.zeros((1, BLOCK_C), ACC)
+    for n_0 in range(0, N, BLOCK_N):
+        n = n_0 + tl.arange(0, BLOCK_N)[:, None]
+        offset = n.to(tl.int64) * C + c
+        mask = (n < N) & (c < C)
+        if dweight_ptr is not None:
+            dweight += tl.sum(load(sums_ptr, offset, mask, ACC), axis=0, keep_dims=True)
+        if dbias_ptr is not None:
+            dbias += tl.sum(load(sums_ptr + N.to(tl.int64) * C, offset, mask, ACC), axis=0, keep_dims=True)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + c, narrow(dweight, dweight_ptr.dtype.element_ty), c < C)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, narrow(dbias, dbias_ptr.dtype.element_ty), c < C)

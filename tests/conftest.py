@@ -1,0 +1,58 @@
+"""Every body runs on every backend that can run here: ``reference`` and ``cpu`` on CPU tensors, ``triton``, ``cuda`` and ``reference`` on CUDA tensors."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, installed or not
+
+import normops  # noqa: E402
+from normops import backends  # noqa: E402
+
+DEVICES = [os.environ["NORMOPS_TEST_DEVICE"]] if "NORMOPS_TEST_DEVICE" in os.environ else ["cpu"] + ["cuda"] * torch.cuda.is_available()
+ALL = [(name, device) for device in DEVICES for name in backends.ORDER[torch.device(device).type]]
+RUNNABLE = [(name, device) for name, device in ALL if backends.unavailable(name) is None]
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"normops runs {', '.join(f'{name} on {device}' for name, device in RUNNABLE)}; torch {torch.__version__}"]
+    absent = {name: backends.unavailable(name) for names in backends.ORDER.values() for name in names}
+    return lines + [f"normops does not run {name}: {reason}" for name, reason in absent.items() if reason]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        ids = [name if name != "reference" else f"reference-{device}" for name, device in RUNNABLE]
+        metafunc.parametrize("backend", RUNNABLE, ids=ids, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """The name of the one backend that runs during the test."""
+    name, _ = request.param
+    with normops.backend(name):
+        yield name
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of the test's tensors: the backend's, where the test runs on a backend."""
+    return request.node.callspec.params["backend"][1] if "backend" in request.fixturenames else DEVICES[-1]
+
+
+@pytest.fixture
+def poison():
+    """Memory that ``torch.empty``, ``empty_like`` and ``new_empty`` hand out is full of NaN: what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(20240607)

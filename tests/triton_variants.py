@@ -1,0 +1,103 @@
+"""Compile the Triton kernels that a call would launch, for any architecture, without a GPU, and read what the compiler made."""
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from normops.kernels import group_norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+
+
+def launches(config, shape, G, dtype, channels_last, backward, activation=3, residual=False, dims=1, weight_dtype=None):
+    """(kernel, num_warps, args) of every launch of one call; tensors are on the meta device."""
+
+    def meta(*size, dtype=dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    recorded = []
+    N, C = shape[:2]
+    x, r = meta(*shape), meta(*shape) if residual else None
+    affine = (N, C)[2 - dims :]
+    weight, bias = (meta(*affine, dtype=weight_dtype or dtype) for _ in range(2))
+    stats = meta(3, N, G, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    real = group_norm.launch
+    group_norm.launch = lambda kernel, programs, num_warps, *args: recorded.append((kernel, num_warps, args))
+    try:
+        if backward:
+            group_norm.backward(config, meta(*shape), weight, bias, r, x, x, stats, weight, bias, r, G, channels_last, activation, 0.1)
+        else:
+            group_norm.forward(config, x, stats, x, weight, bias, r, G, channels_last, 1e-5, activation, 0.1)
+    finally:
+        group_norm.launch = real
+    return recorded
+
+
+def source(kernel, args):
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, arg) in enumerate(zip(kernel.params, args, strict=True)):
+        if parameter.is_constexpr or arg is None:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = arg
+        elif isinstance(arg, torch.Tensor):
+            signature[parameter.name] = TYPES[arg.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = parameter.annotation_type or ("i64" if arg >= 1 << 31 else "i32")
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_variant(kernel, num_warps, args, capability):
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(source(kernel, args), target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def tool(name, *arguments, cubin):
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled):
+    """Registers, stack and local bytes of a thread, shared bytes of a program."""
+    usage = tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
+    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return found | {"shared": compiled.metadata.shared}
+
+
+def executed(compiled):
+    """SASS opcodes of the usual way through a program: forward conditional branches taken (they lead around an overflow's second
+    sum or a slow path) unless they lead around a loop, loops run once, and what lies behind the last EXIT left out."""
+    text = tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
+    label_at = {match[1]: match.start() for match in re.finditer(r"^(\.L_\w+):", text, re.M)}
+    code = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$", re.M)
+
+    def target(match):
+        found = re.search(r"`\((\.L_\w+)\)", match[3]) if match[2] == "BRA" else None
+        return label_at[found[1]] if found else None
+
+    found, position = [], 0
+    while match := code.search(text, position):
+        found.append(match[2])
+        if match[2] == "EXIT" and not match[1]:
+            break
+        position, ahead = match.end(), target(match)
+        if ahead and ahead > position and match[1]:
+            inside = code.finditer(text, position, ahead)
+            if not any(position < (target(other) or 0) <= other.start() for other in inside):
+                position = ahead
+    return found
+
+
+def global_accesses(ptx):
+    """How many of each (ld or st, bits) the PTX has."""
+    found = re.findall(r"\b(ld|st)\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)", ptx)
+    return collections.Counter((kind, int(vector or 1) * int(bits)) for kind, vector, bits in found)
