@@ -102,7 +102,7 @@ def _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE):
     # 32 elements a thread (64 registers: two programs of 16 warps a processor). Half of that where weight and bias are as many as
     # x, in fp64, where accesses are narrow and each needs an address, or where there are too few programs to fill the device anyway.
     few = divide(groups, ROWS) < 2 * device.processors
-    per_thread = 16 if BLOCK_S < 8 or few or V * itemsize < 8 or itemsize == 8 else 32
+    per_thread = 8 if V == 1 else 16 if BLOCK_S < 8 or few or V * itemsize < 8 or itemsize == 8 else 32
     num_warps = min(16, max(1, ROWS * tile // (32 * per_thread)))
     # Sums cost 16 bytes a channel and sample: more than x itself beside a single position, and somebody has to add them up. So walk
     # over samples, as far as 8 programs a processor remain.

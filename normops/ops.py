@@ -41,11 +41,11 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     channels = shape[1]
     if num_groups <= 0 or channels % num_groups or not channels:
         raise ValueError(f"group_norm: expected num_groups to divide the number of channels {channels}, got {num_groups}")
-    usual = (channels,)  # the usual case passes quickly
-    if weight is not None and (weight.shape != usual or weight.dtype not in FLOATS or not weight.is_cpu or not x.is_cpu):
-        _check_vector("weight", weight, x)
-    if bias is not None and (bias.shape != usual or bias.dtype not in FLOATS or not bias.is_cpu or not x.is_cpu):
-        _check_vector("bias", bias, x)
+    for value in (weight, bias):  # the usual case passes quickly
+        if value is not None and (
+            value.dim() != 1 or value.numel() != channels or value.dtype not in FLOATS or not value.is_cpu or not x.is_cpu
+        ):  # fmt: skip
+            _check_vector("weight" if value is weight else "bias", value, x)
     if residual is not None:
         if residual.shape != shape:
             raise ValueError(f"group_norm: expected residual of x's shape {tuple(shape)}, got {tuple(residual.shape)}")
@@ -61,7 +61,7 @@ def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
 
 
 def _check_vector(name: str, value: Tensor, x: Tensor) -> None:
-    if value.shape != x.shape[1:2] and value.shape != x.shape[:2]:
+    if value.dim() not in (1, 2) or value.shape != x.shape[2 - value.dim() : 2]:
         samples, channels = x.shape[:2]
         raise ValueError(f"group_norm: expected {name} of shape ({channels},) or ({samples}, {channels}), got {tuple(value.shape)}")
     _check_kind(name, value, x)

@@ -194,7 +194,7 @@ def magnitudes(inputs: Inputs) -> dict[str, float]:
     found = {"x": ((rstd * slope)[over] * inputs.dy.double()).abs().max().item()}
     # x_hat and dt*x_hat are sums too where they vanish: a group of equal values
     largest = inputs.dy.abs().max().item()
-    return found | {name: largest for name in ("weight", "bias", "scale", "shift")}
+    return found | dict.fromkeys(("weight", "bias", "scale", "shift"), largest)
 
 
 def check(got: Result, inputs: Inputs, factor: float = 2) -> None:

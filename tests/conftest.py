@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, installed or not
 
-import normops  # noqa: E402
-from normops import backends  # noqa: E402
+import normops
+from normops import backends
 
 DEVICES = [os.environ["NORMOPS_TEST_DEVICE"]] if "NORMOPS_TEST_DEVICE" in os.environ else ["cpu"] + ["cuda"] * torch.cuda.is_available()
 ALL = [(name, device) for device in DEVICES for name in backends.ORDER[torch.device(device).type]]

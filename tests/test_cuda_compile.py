@@ -49,7 +49,10 @@ def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
 
 
 # the split kernels need large tensors; here they run on all sizes, with tiles of several steps
-VARIANTS = {"as_built": {}, "split": {"kGroupBytes = 32 << 10": "kGroupBytes = 0", "kBlocks = 2048": "kBlocks = 1", "kMaxSteps = 64": "kMaxSteps = 4"}}
+VARIANTS = {
+    "as_built": {},
+    "split": {"kGroupBytes = 32 << 10": "kGroupBytes = 0", "kBlocks = 2048": "kBlocks = 1", "kMaxSteps = 64": "kMaxSteps = 4"},
+}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -66,10 +69,12 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         text = text.replace(old, new)
     (folder / "group_norm.cpp").write_text(text)
     (folder / "cuda_runtime.h").write_text('#include "cuda_emulation.h"\n')
-    flags = ["-O1", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    libraries = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run([compiler, *flags, *STANDARD, f"-I{folder}", f"-I{ROOT / 'tests'}", *INCLUDES, folder / "group_norm.cpp", *libraries, "-o", folder / "emulated.so"])
-    torch.ops.load_library(str(folder / "emulated.so"))
+    library = folder / "emulated.so"
+    flags = "-O1 -march=native -fPIC -shared -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas".split()
+    links = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    includes = [f"-I{folder}", f"-I{ROOT / 'tests'}", *INCLUDES]
+    run([compiler, *flags, *STANDARD, *includes, folder / "group_norm.cpp", *links, "-o", library])
+    torch.ops.load_library(str(library))
     return getattr(torch.ops, namespace)
 
 

@@ -105,7 +105,7 @@ def penalty(call, values, names, seeds, **options):
 def test_double_backward_precision(option, activation, dtype, layout, backend, device, poison):
     """Against float64 torch on the same rounded inputs: at most twice what torch loses in float32, and one rounding of the output dtype."""
     names = OPTIONS[option]
-    errors, losses, sizes = ({name: 0.0 for name in ("x", *names, "dy")} for _ in range(3))
+    errors, losses, sizes = (dict.fromkeys(("x", *names, "dy"), 0.0) for _ in range(3))
     for _ in range(3):  # errors in the 2-norm and over several draws: a maximum over a few sums is a matter of luck
         values = list(make(names, (3, 12, 5, 5), layout, dtype, device).values())
         seeds = [torch.randn_like(value) for value in (values[0], *values)]

@@ -287,10 +287,9 @@ def test_saved_for_backward(case, large, backend, device):
     """x (and the residual, if the activation needs it), (3, N, G) statistics in float32, small vectors; y and x_hat are not kept."""
     inputs, saved = Inputs.of(case, device), []
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
-        y = normops.group_norm(*(value.detach().requires_grad_() for value in [inputs.tensors["x"]]), case.groups,
-                               *(inputs.tensors[name].detach().requires_grad_() for name in ("weight", "bias")), case.eps,
-                               **{name: inputs.tensors[name].detach().requires_grad_() for name in ("residual", "scale", "shift") if name in inputs.tensors},
-                               **case.options())  # fmt: skip
+        leaves = {name: value.detach().requires_grad_() for name, value in inputs.tensors.items()}
+        args = leaves.pop("x"), case.groups, leaves.pop("weight"), leaves.pop("bias"), case.eps
+        y = normops.group_norm(*args, **leaves, **case.options())
     x = inputs.tensors["x"]
     unique = {(value.data_ptr(), value.shape): value for value in saved}.values()
     big = [value for value in unique if value.numel() >= x.numel()]

@@ -61,8 +61,8 @@ def inspect(job):
         compiled = compile_variant(kernel, num_warps, args, capability)
         named = dict(zip((p.name for p in kernel.params), args, strict=True))
         named = {name: True if isinstance(value, torch.Tensor) else value for name, value in named.items()}
-        ptx = compiled.asm["ptx"]
-        found.append((kernel.__name__, num_warps, named, config, resources(compiled), global_accesses(ptx), executed(compiled), ptx))
+        opcodes = executed(compiled)
+        found.append((kernel.__name__, num_warps, named, config, resources(compiled), global_accesses(opcodes), opcodes, compiled.asm["ptx"]))
     return found
 
 

@@ -97,7 +97,8 @@ def executed(compiled):
     return found
 
 
-def global_accesses(ptx):
-    """How many of each (ld or st, bits) the PTX has."""
-    found = re.findall(r"\b(ld|st)\.global(?:\.(?!v\d|b\d)[\w:]+)*(?:\.v(\d))?\.b(\d+)", ptx)
-    return collections.Counter((kind, int(vector or 1) * int(bits)) for kind, vector, bits in found)
+def global_accesses(opcodes):
+    """How many of each (ld or st, bits). From SASS: in the PTX of Triton 3.6 a value that many registers share is loaded many times."""
+    bits = {"64": 64, "128": 128, "256": 256, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
+    accesses = [opcode.split(".") for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
+    return collections.Counter((name[:2].lower(), next((bits[part] for part in parts if part in bits), 32)) for name, *parts in accesses)
