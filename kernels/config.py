@@ -131,7 +131,8 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
     FOLD = not backward and D % BLOCK_C == 0 and divide(S, BLOCK_S) * D <= 128
     LARGE = N * C * S * itemsize * (2 if backward else 1) > device.cache_budget // 2
-    num_warps = max(1, BLOCK_C * BLOCK_S // (512 if itemsize == 8 or BLOCK_S < 8 else 1024))
+    per_thread = 16 if itemsize == 8 or BLOCK_S < 8 or (SIDE and backward) else 32
+    num_warps = max(1, BLOCK_C * BLOCK_S // (32 * per_thread))
     if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
         raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
     OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)

@@ -61,17 +61,16 @@ class GroupNorm(Function):
     """Saves x, the statistics and the small vectors; the activation's argument is computed again in backward."""
 
     @staticmethod
-    def forward(ctx, fwd, x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype):
-        y, stats = fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
-        linear = activation == "none"
-        ctx.save_for_backward(x, stats, weight, bias, None if linear else residual)
-        ctx.options = num_groups, eps, activation, negative_slope, fwd is ops.group_norm_fwd
+    def forward(ctx, fwd, x, weight, bias, residual, options):  # options: num_groups, eps, activation, negative_slope, out_dtype
+        y, stats = fwd(x, weight, bias, residual, *options)
+        ctx.save_for_backward(x, stats, weight, bias, None if options[2] == "none" else residual)
+        ctx.options, ctx.past_dispatcher = options, fwd is ops.group_norm_fwd
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, stats, weight, bias, residual = ctx.saved_tensors
-        num_groups, eps, activation, negative_slope, was_plain = ctx.options
+        num_groups, eps, activation, negative_slope, _ = ctx.options
         mask = ctx.needs_input_grad[1:5]
         dresidual = None
         if activation == "none" and mask[3]:
@@ -79,7 +78,7 @@ class GroupNorm(Function):
         args = (dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask)
         if torch.is_grad_enabled():
             gradients = GroupNormBackward.apply(*args, eps)
-        elif was_plain and plain(dy):
+        elif ctx.past_dispatcher and plain(dy):
             gradients = ops.group_norm_bwd(*args)
         else:
             gradients = torch.ops.normops.group_norm_bwd.default(*args)
@@ -89,8 +88,8 @@ class GroupNorm(Function):
             gradients[1] if mask[1] else None,
             gradients[2] if mask[2] else None,
             gradients[3] if mask[3] else dresidual,
-            None, None, None, None, None,
-        )  # fmt: skip
+            None,
+        )
 
 
 class GroupNormBackward(Function):
@@ -233,7 +232,7 @@ def group_norm(
         return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype)
     fwd = torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        return _apply(fwd, ops.dense(x), weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
+        return _apply(fwd, ops.dense(x), weight, bias, residual, (num_groups, eps, activation, negative_slope, out_dtype))
     return fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)[0]
 
 
@@ -245,7 +244,7 @@ def group_norm_eager(x, num_groups, weight, bias, eps, activation, negative_slop
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
         if not x.is_contiguous():
             x = ops.dense(x)
-        return _apply(ops.group_norm_fwd, x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)
+        return _apply(ops.group_norm_fwd, x, weight, bias, residual, (num_groups, eps, activation, negative_slope, out_dtype))
     return ops.group_norm_fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype, False)[0]
 
 

@@ -154,6 +154,10 @@ def group_norm_fwd(
     save_stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel: ``y`` and ``stats`` of shape (3, N, G): mean, what its rounding lost, 1/std."""
+    if x.is_cpu and residual is None and out_dtype is None:
+        result = backends.cpu_fwd_at_once(x, weight, bias, num_groups, eps, CODES.get(activation), negative_slope, save_stats)
+        if result is not None:
+            return result
     check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
     x, weight, bias, residual, channels_last = _readable(x, weight, bias, residual)
     y = torch.empty_like(x) if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
@@ -177,6 +181,10 @@ def group_norm_bwd(
     output_mask: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted."""
+    if x.is_cpu and residual is None:
+        result = backends.cpu_bwd_at_once(dy, x, stats, weight, bias, num_groups, CODES[activation], negative_slope, output_mask)
+        if result is not None:
+            return result
     x, weight, bias, residual, channels_last = _readable(x, weight, bias, residual)
     dx, dweight, dbias, dresidual = _empty_gradients(x, weight, bias, output_mask)
     if x.numel():

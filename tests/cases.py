@@ -290,7 +290,7 @@ CASES = {
        if layout not in ("contiguous", "channels_last", "expanded_positions", "scalar")},
     "layout_offset_bf16": Case("misaligned 16-bit x", (2, 8, 16, 16), 2, "offset", dtype=_bf16),
     "layout_channels_last_offset_f16": Case("misaligned 16-bit x", (2, 16, 8, 8), 2, "channels_last_offset", dtype=_f16),
-    "layout_permuted_3d": Case("spatial dimensions permuted, rank 5", (2, 6, 3, 4, 5), 3, "spatial_permuted", residual="contiguous", activation="silu"),
+    "layout_permuted_3d": Case("x spatial_permuted, rank 5", (2, 6, 3, 4, 5), 3, "spatial_permuted", residual="contiguous", activation="silu"),
     "layout_sliced_N1": Case("a slice of channels of one sample is dense", (1, 6, 5, 5), 3, "sliced_channels"),
     "dy_scalar": Case("y.sum().backward(): stride 0", (2, 6, 5, 5), 3, dy="scalar", activation="silu"),
     "dy_scalar_cl": Case("the same, channels last", (2, 6, 5, 5), 3, "channels_last", dy="scalar", activation="silu"),

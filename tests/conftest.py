@@ -1,4 +1,7 @@
-"""Every body runs on every backend that can run here: ``reference`` and ``cpu`` on CPU tensors, ``triton``, ``cuda`` and ``reference`` on CUDA tensors."""
+"""Every body runs on every backend that can run here.
+
+On CPU tensors ``cpu`` and ``reference``, on CUDA tensors ``triton``, ``cuda`` and ``reference``. ``NORMOPS_TEST_DEVICE=cuda`` leaves out the others.
+"""
 
 import os
 import sys

@@ -44,7 +44,7 @@ def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
     assert "warning" not in log, log
     found = re.findall(r"entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers", log, re.S)
     kernels = {arch: {name for name, of, *_ in found if of == arch} for arch in ARCHITECTURES}
-    assert len(kernels["80"]) > 80 and kernels["80"] == kernels["90"] == kernels["100"]
+    assert len(kernels["80"]) > 100 and kernels["80"] == kernels["90"] == kernels["100"]
     assert not [entry for entry in found if int(entry[2]) or int(entry[3]) or int(entry[4]) > MAX_REGISTERS]
 
 

@@ -52,7 +52,7 @@ WRONG = {
     "shift_device": ({"shift": torch.randn(2, 6, device="meta")}, ValueError, "shift on x's device cpu, got meta"),
     "weight_shape_with_scale": ({"weight": torch.randn(5), "scale": torch.randn(2, 6)}, ValueError, r"weight of shape .*, got \(5,\)"),
     "bias_shape_with_shift": ({"bias": torch.randn(1), "shift": torch.randn(2, 6)}, ValueError, r"bias of shape .*, got \(1,\)"),
-    "weight_dtype_with_scale": ({"weight": torch.ones(6, dtype=torch.long), "scale": torch.randn(2, 6)}, TypeError, "weight of dtype .*, got torch.int64"),
+    "weight_dtype_with_scale": ({"weight": torch.ones(6).long(), "scale": torch.randn(2, 6)}, TypeError, "weight of dtype .*, got torch.int64"),
     "rank_1_with_scale": ({"x": torch.randn(6), "scale": torch.randn(6)}, ValueError, r"x of shape \(N, C, \*spatial\), got \(6,\)"),
     "integer_x_with_scale": ({"x": torch.ones(X, dtype=torch.long), "scale": torch.randn(2, 6)}, TypeError, "x of dtype .*, got torch.int64"),
     "eps_negative": ({"eps": -1e-5}, ValueError, "eps >= 0, got -1e-05"),
@@ -156,11 +156,11 @@ def test_next_backend_runs_where_one_cannot(monkeypatch):
 
     calls = []
     monkeypatch.setattr(backends, "_candidates", lambda *args: (refuses, lambda *args: calls.append(args)))
-    normops.group_norm(torch.randn(X), 3)
+    normops.group_norm(torch.randn(X), 3, residual=torch.randn(X))  # not the short cut
     assert len(calls) == 1
     monkeypatch.setattr(backends, "_candidates", lambda *args: (refuses, refuses))
     with pytest.raises(NotImplementedError, match="group_norm_fwd: no backend can run this: not today; not today"):
-        normops.group_norm(torch.randn(X), 3)
+        normops.group_norm(torch.randn(X), 3, residual=torch.randn(X))  # not the short cut
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
@@ -169,7 +169,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
 
     monkeypatch.setattr(backends, "_candidates", lambda *args: (breaks, lambda *args: None))
     with pytest.raises(RuntimeError, match="broken"):
-        normops.group_norm(torch.randn(X), 3)
+        normops.group_norm(torch.randn(X), 3, residual=torch.randn(X))  # not the short cut
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda", "cpu", "reference"])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cases import LAYOUTS, composed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import normops
@@ -452,20 +453,27 @@ def cuda_autocast():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_cuda_autocast(dtype):
     """CUDA autocast makes the output of F.group_norm float32; here too, but 16-bit x is what is saved. Fake tensors where CUDA is missing."""
-    training = torch.version.cuda is not None  # autograd of fake CUDA tensors aborts in a torch that was built without CUDA
+    training = torch.cuda.is_available()  # autograd of fake CUDA tensors needs a device
 
     def draw(*size, dtype=dtype):
         return torch.randn(size, dtype=dtype, device="cuda", requires_grad=training)
 
-    saved = []
+    seen, saved = [], []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(args[0].dtype for _ in range(func == FWD))
+            return func(*args, **(kwargs or {}))
+
     context = contextlib.nullcontext() if torch.cuda.is_available() else torch._subclasses.FakeTensorMode()
-    with context, torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
+    with context, Mode(), torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
         x, residual, weight = draw(2, 6, 4), draw(2, 6, 4), draw(6, dtype=torch.float32)
         with cuda_autocast():
             y = normops.group_norm(x, 3, weight, activation="silu", residual=residual)
             theirs = F.group_norm(x.detach(), 3, weight.detach())
         assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert dtype == torch.float64 or y.dtype == theirs.dtype
+        assert seen == [dtype], "no cast: x reaches the kernel as it came"
         if training:
             assert {value.dtype for value in saved if value.shape == x.shape} == {dtype}, "x is saved as it came"
             gradients = torch.autograd.grad(y.sum(), (x, weight, residual))
@@ -575,8 +583,6 @@ def test_parameter_and_plain_subclass(device):
 
 def test_dispatch_mode_sees_the_ops(backend, device):
     """A TorchDispatchMode sees group_norm_fwd and group_norm_bwd, as profilers and flop counters need."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     seen = []
 
     class Mode(TorchDispatchMode):

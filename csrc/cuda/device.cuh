@@ -1,4 +1,4 @@
-// Group norm on the GPU: what the kernels are made of. n = D*S elements per group, D = C/G channels, S positions.
+// Group norm on the GPU: the mathematics, and types, sums and moments for the kernels. n = D*S elements per group, D = C/G channels, S positions.
 //
 //   moments   K = first element; hi = K + mean(x - K); lo = mean(x - hi); M2 = sum (x - hi)^2 - n*lo^2; sets merge by Chan, in a fixed order
 //   forward   x_hat = fma(x - mean, rstd, -mean_lo*rstd)     t = x_hat*weight + bias (+ residual)     y = act(t)
@@ -71,15 +71,24 @@ struct Parameter {  // weight or bias, (C,) or (N, C), in any dtype, or absent
   ScalarType dtype;
   int64_t stride;  // from sample to sample: 0 or C
 
-  template <typename A>
-  __device__ A at(int64_t n, int64_t c, A absent) const {
-    if (!data) return absent;
+  // those of channels c, c + 1, ... of sample n
+  template <int K, typename A>
+  __device__ void read(A (&values)[K], int64_t n, int64_t c, A absent) const {
     const int64_t i = n * stride + c;
+    const auto from = [&](auto typed) {
+#pragma unroll
+      for (int k = 0; k < K; k++) values[k] = static_cast<A>(typed[i + k]);
+    };
+    if (!data) {
+#pragma unroll
+      for (int k = 0; k < K; k++) values[k] = absent;
+      return;
+    }
     switch (dtype) {
-      case ScalarType::Half: return static_cast<A>(static_cast<const Half*>(data)[i]);
-      case ScalarType::BFloat16: return static_cast<A>(static_cast<const BFloat16*>(data)[i]);
-      case ScalarType::Double: return static_cast<A>(static_cast<const double*>(data)[i]);
-      default: return static_cast<A>(static_cast<const float*>(data)[i]);
+      case ScalarType::Half: return from(static_cast<const Half*>(data));
+      case ScalarType::BFloat16: return from(static_cast<const BFloat16*>(data));
+      case ScalarType::Double: return from(static_cast<const double*>(data));
+      default: return from(static_cast<const float*>(data));
     }
   }
 };
@@ -239,148 +248,6 @@ template <typename A>
 __device__ Stats<A> finish(double base, const Moments& m, double eps) {
   const A mean = static_cast<A>(base + m.mean);
   return {mean, static_cast<A>((base - mean) + m.mean), finish<A>(m, eps).rstd};
-}
-
-template <typename A>
-struct Channel {
-  A mean, rstd, shift, weight, bias;  // shift = -mean_lo*rstd
-
-  __device__ A x_hat(A x) const { return fma_(x - mean, rstd, shift); }
-};
-
-template <typename A>
-__device__ Channel<A> channel(const Problem& p, const Stats<A>& stats, int64_t n, int c) {
-  return {stats.mean, stats.rstd, -stats.mean_lo * stats.rstd, p.weight.at(n, c, A(1)), p.bias.at(n, c, A(0))};
-}
-
-template <typename A>
-__device__ Stats<A> saved(const Problem& p, const A* stats, int64_t group) {
-  const int64_t groups = p.N * p.G;
-  return {stats[group], stats[groups + group], stats[2 * groups + group]};
-}
-
-// body(constant) with the activation as a constant, so that it is chosen once per vector
-template <typename Body>
-__device__ __forceinline__ void with_activation(Activation activation, Body body) {
-#define NORMOPS_CASE(name) \
-  case Activation::name: return body(std::integral_constant<Activation, Activation::name>{})
-  switch (activation) {
-    NORMOPS_CASE(none);
-    NORMOPS_CASE(relu);
-    NORMOPS_CASE(leaky_relu);
-    NORMOPS_CASE(silu);
-    NORMOPS_CASE(gelu);
-    NORMOPS_CASE(gelu_tanh);
-    NORMOPS_CASE(tanh);
-    NORMOPS_CASE(sigmoid);
-    NORMOPS_CASE(hardswish);
-  }
-#undef NORMOPS_CASE
-}
-
-// t of V neighbours
-template <typename A, int K, typename T, int V>
-__device__ __forceinline__ void affine(A (&t)[V], A (&x_hat)[V], const Vec<T, V>& x, const T* residual, int64_t offset,
-                                       const Channel<A> (&channels)[K]) {
-  Vec<T, V> added{};
-  if (residual) added = load<V>(residual + offset);
-#pragma unroll
-  for (int v = 0; v < V; v++) {
-    const Channel<A>& ch = channels[v % K];
-    x_hat[v] = ch.x_hat(static_cast<A>(x.at[v]));
-    t[v] = fma_(x_hat[v], ch.weight, ch.bias);
-    if (residual) t[v] += static_cast<A>(added.at[v]);
-  }
-}
-
-template <typename A, int K, typename T, typename Y, int V>
-__device__ __forceinline__ void forward(Y* y, const Vec<T, V>& x, const T* residual, int64_t offset, const Channel<A> (&channels)[K],
-                                        const Problem& p) {
-  A t[V], x_hat[V];
-  affine(t, x_hat, x, residual, offset, channels);
-  Vec<Y, V> out;
-  with_activation(p.activation, [&](auto activation) {
-#pragma unroll
-    for (int v = 0; v < V; v++) out.at[v] = static_cast<Y>(activate(activation.value, t[v], static_cast<A>(p.slope)));
-  });
-  store(y + offset, out);
-}
-
-// dt and x_hat of V neighbours
-template <typename A, int K, typename T, typename Y, int V>
-__device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], const Y* dy, const T* x, const T* residual, int64_t offset,
-                                         const Channel<A> (&channels)[K], const Problem& p) {
-  const Vec<Y, V> upstream = load<V>(dy + offset);
-  A t[V];
-  affine(t, x_hat, load<V>(x + offset), residual, offset, channels);
-  with_activation(p.activation, [&](auto activation) {
-#pragma unroll
-    for (int v = 0; v < V; v++) dt[v] = static_cast<A>(upstream.at[v]) * activate_grad(activation.value, t[v], static_cast<A>(p.slope));
-  });
-}
-
-template <typename A, typename T, typename Y>
-struct Backward {  // what the backward kernels read and write; dx and dresidual may be null
-  T *dx, *dresidual;
-  const Y* dy;
-  const T *x, *residual;
-  const A* stats;
-
-  template <int K>
-  __device__ void load_channels(Channel<A> (&channels)[K], const Problem& p, int64_t n, int c) const {
-#pragma unroll
-    for (int k = 0; k < K; k++) channels[k] = channel(p, saved(p, stats, n * p.G + (c + k) / p.D), n, c + k);
-  }
-
-  // sum_dt and sum_dt_x_hat of this thread's vectors
-  template <int V, int K>
-  __device__ void sum(A (&sum_dt)[K], A (&sum_dt_x_hat)[K], const Place& at, const Channel<A> (&channels)[K], const Problem& p) const {
-    for (int r = 0; r < at.count; r++) {
-      A dt[V], x_hat[V];
-      gradient(dt, x_hat, dy, x, residual, at.start + r * at.step, channels, p);
-#pragma unroll
-      for (int v = 0; v < V; v++) {
-        sum_dt[v % K] += dt[v];
-        sum_dt_x_hat[v % K] = fma_(dt[v], x_hat[v], sum_dt_x_hat[v % K]);
-      }
-    }
-  }
-
-  template <int V, int K>
-  __device__ void apply(const Place& at, const Channel<A> (&channels)[K], const A (&c2)[K], const A (&c3)[K], const Problem& p) const {
-    for (int r = 0; r < at.count; r++) {
-      const int64_t offset = at.start + r * at.step;
-      A dt[V], x_hat[V];
-      gradient(dt, x_hat, dy, x, residual, offset, channels, p);
-      Vec<T, V> out;
-#pragma unroll
-      for (int v = 0; v < V; v++) out.at[v] = static_cast<T>(dt[v]);
-      if (dresidual) store(dresidual + offset, out);
-      if (!dx) continue;
-#pragma unroll
-      for (int v = 0; v < V; v++) {
-        const int k = v % K;
-        out.at[v] = static_cast<T>(fma_(channels[k].rstd * channels[k].weight, dt[v], fma_(c2[k], x_hat[v], c3[k])));
-      }
-      store(dx + offset, out);
-    }
-  }
-};
-
-// c2 and c3 of a group from the sums of its channels, for every thread of the block. sums: (2, N, C)
-template <typename A>
-__device__ void coefficients(A& c2, A& c3, const Problem& p, const A* stats, const A* sums, int64_t n, int g) {
-  double total[2] = {};
-  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
-    const int c = g * p.D + d;
-    const double weight = p.weight.at(n, c, A(1));
-    total[0] += weight * sums[n * p.C + c];
-    total[1] += weight * sums[(p.N + n) * p.C + c];
-  }
-  block_sum(total, 1);
-  const double scale = -static_cast<double>(saved(p, stats, n * p.G + g).rstd) / (static_cast<double>(p.D) * p.S);
-  c3 = static_cast<A>(scale * total[0]);
-  c2 = static_cast<A>(scale * total[1]);
 }
 
 }  // namespace normops

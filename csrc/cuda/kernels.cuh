@@ -5,14 +5,15 @@
 //   group_bwd -> parameter_grads               all gradients, a block per group; channels first only
 //   sums -> fold_sums -> apply_bwd -> parameter_grads        the same, split
 //
-// Partials are a Chunk for each (N, tiles, C), or sum_dt and sum_dt_x_hat, (2, N, tiles, C). Sums are (2, N, C), stats (3, N, G), c2 and c3 (2, N, G).
+// Partials are a Chunk for each (N, tiles, C), or sum_dt and sum_dt_x_hat: (2, N, tiles, C).
+// Sums are (2, N, C), stats (3, N, G), c2 and c3 (2, N, G).
 #pragma once
 
-#include "device.cuh"
+#include "elementwise.cuh"
 
 namespace normops {
 
-extern __shared__ double shared_memory[];
+alignas(16) extern __shared__ double shared_memory[];  // for vectors of 16 bytes
 
 template <typename T, typename Y, int V, bool LAST>
 __global__ void __launch_bounds__(kThreads) group_fwd_kernel(Problem p, double eps, const T* x, const T* residual, Y* y, Accumulator<T>* stats) {
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) group_fwd_kernel(Problem p, double e
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) held[i] = load<V>(x + offset(i));
   const A first[1] = {static_cast<A>(x[base])};
   Chunk<A> all[1];
-  moments(all, held + threadIdx.x, rounds(vectors, threadIdx.x, blockDim.x), blockDim.x, first, vectors * V, [](auto& value) { block_sum(value, 1); });
+  const int count = rounds(vectors, threadIdx.x, blockDim.x);
+  moments(all, held + threadIdx.x, count, blockDim.x, first, vectors * V, [](auto& value) { block_sum(value, 1); });
   const Stats<A> own = finish<A>(all[0].hi, {static_cast<double>(vectors) * V, all[0].lo, all[0].m2}, eps);
   if (stats && threadIdx.x == 0) {
     stats[blockIdx.x] = own.mean;
@@ -38,8 +40,7 @@ __global__ void __launch_bounds__(kThreads) group_fwd_kernel(Problem p, double e
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     const int c = g * p.D + (LAST ? i % inner * V : i / inner);
     Channel<A> channels[K];
-#pragma unroll
-    for (int k = 0; k < K; k++) channels[k] = channel(p, own, n, c + k);
+    read_channels(channels, p, n, c, [&](int) { return own; });
     forward(y, held[i], residual, offset(i), channels, p);
   }
 }
@@ -94,8 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   const Place at = place<LAST, V>(p, split);
   if (!at.count) return;
   Channel<A> channels[K];
-#pragma unroll
-  for (int k = 0; k < K; k++) channels[k] = channel(p, saved(p, stats, at.n * p.G + (at.c + k) / p.D), at.n, at.c + k);
+  read_channels(channels, p, stats, at.n, at.c);
   for (int r = 0; r < at.count; r++) {
     const int64_t offset = at.start + r * at.step;
     forward(y, load<V>(x + offset), residual, offset, channels, p);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) group_bwd_kernel(Problem p, int lane
     if (d < p.D) {
       const Place at = line(d);
       Channel<A> channels[1];
-      b.load_channels(channels, p, n, at.c);
+      read_channels(channels, p, b.stats, n, at.c);
       b.template sum<V>(sum_dt, sum_dt_x_hat, at, channels, p);
     }
     team_sum<false>(sum_dt, lanes);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) group_bwd_kernel(Problem p, int lane
   for (int d = threadIdx.x / lanes; d < p.D; d += teams) {
     const Place at = line(d);
     Channel<A> channels[1];
-    b.load_channels(channels, p, n, at.c);
+    read_channels(channels, p, b.stats, n, at.c);
     b.template apply<V>(at, channels, c2, c3, p);
   }
 }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Problem p, Split split, 
   constexpr int K = LAST ? V : 1;
   const Place at = place<LAST, V>(p, split);
   Channel<A> channels[K];
-  b.load_channels(channels, p, at.n, at.c);
+  read_channels(channels, p, b.stats, at.n, at.c);
   A sum_dt[K] = {}, sum_dt_x_hat[K] = {};
   b.template sum<V>(sum_dt, sum_dt_x_hat, at, channels, p);
   team_sum<LAST>(sum_dt, split.lanes);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) apply_bwd_kernel(Problem p, Split sp
   const Place at = place<LAST, V>(p, split);
   if (!at.count) return;
   Channel<A> channels[K];
-  b.load_channels(channels, p, at.n, at.c);
+  read_channels(channels, p, b.stats, at.n, at.c);
   A c2[K] = {}, c3[K] = {};
 #pragma unroll
   for (int k = 0; k < K; k++) {
