@@ -30,9 +30,7 @@ def whole(length, V: tl.constexpr, DIVIDED: tl.constexpr):
 
 
 @triton.jit
-def place(
-    base, c, length, stride_c, stride_s, OUTER: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr
-):
+def place(base, c, length, stride_c, stride_s, OUTER: tl.constexpr, BLOCK_S: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr):
     """Offsets and masks of the main lanes and of the side lanes (the same again without SIDE) of a tile.
 
     base (int64, scalar or per row) is the offset of its first element, c the channel within the tile, length <= BLOCK_S

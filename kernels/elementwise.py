@@ -1,6 +1,6 @@
 """What happens to one element once its statistics are known; the same expressions, in the same order, in every kernel.
 
-    d = x - hi      x_hat = fma(d, rstd, -lo rstd)      t = fma(x_hat, weight, bias) + residual      y = act(t)      dt = dy act'(t)
+d = x - hi      x_hat = fma(d, rstd, -lo rstd)      t = fma(x_hat, weight, bias) + residual      y = act(t)      dt = dy act'(t)
 """
 
 import triton
@@ -63,9 +63,7 @@ def backward_of(
 
 
 @triton.jit
-def store_gradients(
-    x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY: tl.constexpr
-):
+def store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY: tl.constexpr):
     if dx_ptr is not None:
         dx = fma(rstd * weight, dt, fma(c2, x_hat, c3))
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy=POLICY)

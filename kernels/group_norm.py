@@ -22,9 +22,7 @@ def group_norm_fwd(y, stats, x, weight, bias, residual, num_groups, channels_las
     forward(config, y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope)
 
 
-def group_norm_bwd(
-    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope
-):
+def group_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope):
     """Write those of dx, dweight, dbias, dresidual that are not None."""
     config = _configuration(x, num_groups, channels_last, True)
     backward(
@@ -54,9 +52,7 @@ def forward(config, y, stats, x, weight, bias, residual, num_groups, channels_la
         if stats is None:
             stats = torch.empty((3, N, num_groups), dtype=accumulate, device=x.device)
         block = min(4096, power_above(T * D))
-        launch(
-            _fold_moments_kernel, N * num_groups, max(1, block // 512), partials, stats, N, C, D, S, T, eps, config.OUTER * config.BLOCK_S, block
-        )
+        launch(_fold_moments_kernel, N * num_groups, max(1, block // 512), partials, stats, N, C, D, S, T, eps, config.OUTER * config.BLOCK_S, block)
     launch(
         _apply_kernel, programs, config.num_warps, x, partials, weight, bias, residual, y, stats,
         w_rows, b_rows, N, c_arg, D, s_arg, T, eps, negative_slope, activation, *tiling, config.FOLD, power_above(T * D) if config.FOLD else 1,

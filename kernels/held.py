@@ -87,9 +87,7 @@ def _group_norm_bwd_held_kernel(
         hi = load(stats_ptr, row, row_mask, ACC)
         lo = load(stats_ptr + N * G, row, row_mask, ACC)
         rstd = load(stats_ptr + N * G + N * G, row, row_mask, ACC)
-        x_hat, dt = backward_of(
-            dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, ""
-        )
+        x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
         sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
         if SIDE:
             x_hat_side, dt_side = backward_of(

@@ -57,9 +57,7 @@ def _moments_kernel(
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
     n, t, c_0 = tile(tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
-    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
-        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
-    )
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     x = load(x_ptr, offset, mask, ACC, POLICY)
     x_side = load(x_ptr, offset_side, mask_side, ACC, POLICY) if SIDE else x
     some = load(x_ptr, first, live, ACC)
@@ -72,9 +70,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def merge_group(
-    partials_ptr, n, g, eps, N, C, D, S, T, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr
-):
+def merge_group(partials_ptr, n, g, eps, N, C, D, S, T, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
     """hi, lo, rstd of group g of sample n."""
     start = n * T * C + g * D
     hi, lo, M2, scale, count = merge_moments(partials_ptr, start, N.to(tl.int64) * T * C, T, C, D, S, CHUNK, BLOCK_P)
@@ -89,9 +85,7 @@ def store_stats(stats_ptr, row, rows, hi, lo, rstd, mask):
 
 
 @triton.jit(do_not_specialize=["N", "C", "D", "S", "T"])
-def _fold_moments_kernel(
-    partials_ptr, stats_ptr, N, C, D, S, T, eps: "fp64", CHUNK: tl.constexpr, BLOCK_P: tl.constexpr
-):
+def _fold_moments_kernel(partials_ptr, stats_ptr, N, C, D, S, T, eps: "fp64", CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
     G = C // D
     n, g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     hi, lo, rstd = merge_group(partials_ptr, n, g, eps, N, C, D, S, T, CHUNK, BLOCK_P)
@@ -111,9 +105,7 @@ def _apply_kernel(
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
     n, t, c_0 = tile(tl.num_programs(0) - 1 - tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
-    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
-        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
-    )
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
     x = load(x_ptr, offset, mask, ACC, POLICY)
@@ -133,8 +125,19 @@ def _apply_kernel(
     forward_of(x - hi, offset, mask, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
     if SIDE:
         forward_of(
-            x_side - hi, offset_side, mask_side, residual_ptr, y_ptr, lo, rstd, weight, bias, slope,
-            ACTIVATION, ACC, POLICY,
+            x_side - hi,
+            offset_side,
+            mask_side,
+            residual_ptr,
+            y_ptr,
+            lo,
+            rstd,
+            weight,
+            bias,
+            slope,
+            ACTIVATION,
+            ACC,
+            POLICY,
         )
 
 
@@ -150,9 +153,7 @@ def _sums_kernel(
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
     n, t, c_0 = tile(tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
-    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
-        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
-    )
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
     row = n * (C // D) + c // D
@@ -161,14 +162,10 @@ def _sums_kernel(
     lo = load(stats_ptr + rows, row, live, ACC)
     rstd = load(stats_ptr + rows + rows, row, live, ACC)
     slope = tl.full((), slope, ACC)
-    x_hat, dt = backward_of(
-        dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
-    )
+    x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
     sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
     if SIDE:
-        x_hat, dt = backward_of(
-            dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
-        )
+        x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
         sum_dt += total(dt, False, 1)
         sum_dt_xhat += total(dt * x_hat, False, 1)
     out = partials_ptr + ((n * T + t) * C + c)
@@ -222,9 +219,7 @@ def _apply_backward_kernel(
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
     n, t, c_0 = tile(tl.num_programs(0) - 1 - tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
-    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(
-        n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S
-    )
+    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
     row = n * (C // D) + c // D
@@ -235,14 +230,10 @@ def _apply_backward_kernel(
     c2 = load(coefficients_ptr, row, live, ACC)
     c3 = load(coefficients_ptr + rows, row, live, ACC)
     slope = tl.full((), slope, ACC)
-    x_hat, dt = backward_of(
-        dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
-    )
+    x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
     store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
     if SIDE:
-        x_hat, dt = backward_of(
-            dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY
-        )
+        x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
         store_gradients(x_hat, dt, offset_side, mask_side, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
 
 
@@ -252,9 +243,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N", "C"])
-def _parameter_gradient_kernel(
-    sums_ptr, dweight_ptr, dbias_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _parameter_gradient_kernel(sums_ptr, dweight_ptr, dbias_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """dweight, dbias (C,) = the two halves of sums (2, N, C), summed over n in index order and rounded once."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

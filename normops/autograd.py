@@ -5,6 +5,9 @@ Eager calls reach the launchers directly; under compile, export, fake tensors an
 differentiable reference; vmap folds its batch into N.
 """
 
+from functools import reduce
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
@@ -121,6 +124,7 @@ class GroupNormBackward(Function):
 def _differentiable(upstream, dy, x, weight, bias, residual, num_groups, activation, negative_slope, eps):
     """The double backward through the reference, itself differentiable: third and higher order."""
     given = (dy, x, weight, bias, residual)
+    roots: list
     with torch.enable_grad():
         # aliases: dy may itself be a function of x, and that path is not ours to follow
         roots = [value if value is None else value.view_as(value) if value.requires_grad else value.detach().requires_grad_() for value in given]
@@ -163,51 +167,49 @@ def _double_backward(upstream, dy, x, stats, weight, bias, residual, num_groups,
         means = sums.unflatten(1, (num_groups, -1)).sum(2, keepdim=True) / size
         return means.expand(-1, -1, channels // num_groups).flatten(1)
 
-    def add(total, term):
-        return term if total is None else total + term
-
     x_hat, rstd = reference.saved_x_hat(x, stats, num_groups)
     x_hat = x_hat.flatten(1, 2)
     rstd = rstd.flatten(1).repeat_interleave(channels // num_groups, 1)
     w = ones if weight is None else weight.to(acc)
     ddweight, ddbias = upstream[1:3]
 
-    dt = dy
-    if activation != "none":
+    linear = activation == "none"
+    dt, slope, curvature = dy, dy, dy  # the last two only matter to an activation
+    if not linear:
         t = reference.affine(x_hat, weight, bias, residual)
         _, slope, curvature = reference.ACTIVATIONS[activation](t, negative_slope)
         dt = dy * slope
 
-    e = v = d_weight = d_bias = tau = curl = None
+    e, v, d_weight = [], [], []  # terms of sums
     if u is not None:
         projected, u_xh, _ = project(u)
         _, dt_xh, _ = project(dt, want_dx=False)
-        e = over(w) * projected
-        d_weight = (dt * projected).sum(spatial) if spatial else dt * projected
-        curl = rstd * group_mean(w * d_weight)
-        v = torch.addcmul(over(-rstd * group_mean(w * dt_xh)) * u, over(-rstd * group_mean(u_xh) * w), dt)
+        e.append(over(w) * projected)
+        d_weight.append((dt * projected).sum(spatial) if spatial else dt * projected)
+        v.append(torch.addcmul(over(-rstd * group_mean(w * dt_xh)) * u, over(-rstd * group_mean(u_xh) * w), dt))
     if ddweight is not None:
-        e = add(e, over(ddweight) * x_hat)
-        v = add(v, over(ddweight) * dt)
+        e.append(over(ddweight) * x_hat)
+        v.append(over(ddweight) * dt)
     if ddbias is not None:
-        e = add(e, over(ddbias).expand_as(x))
+        e.append(over(ddbias).expand_as(x))
     if ddresidual is not None:
-        e = add(e, ddresidual)
-    d_dy = e
-    if activation != "none":
-        d_dy = e * slope
-        tau = e * dy * curvature
-        v = add(v, over(w) * tau)
+        e.append(ddresidual)
+    d_dt = reduce(torch.add, e)
+    tau = d_bias = None
+    if not linear:
+        tau = d_dt * dy * curvature
+        v.append(over(w) * tau)
         _, tau_xh, d_bias = project(tau, want_dx=False)
-        d_weight = add(d_weight, tau_xh)
-    d_x = None if v is None else project(v)[0]
-    if curl is not None:
-        d_x = torch.addcmul(d_x, over(-curl), x_hat)
+        d_weight.append(tau_xh)
+    d_x: Any = project(reduce(torch.add, v))[0] if v else None
+    if u is not None:
+        d_x = torch.addcmul(d_x, over(-rstd * group_mean(w * d_weight[0])), x_hat)
 
     def fold(sums, parameter):  # (N, C) to the parameter's shape
         return None if parameter is None or sums is None else sums if parameter.dim() == 2 else sums.sum(0)
 
-    grads = (d_dy, d_x, fold(d_weight, weight), fold(d_bias, bias), None if residual is None else tau)
+    d_dy = d_dt if linear else d_dt * slope
+    grads = (d_dy, d_x, fold(reduce(torch.add, d_weight) if d_weight else None, weight), fold(d_bias, bias), None if residual is None else tau)
     return [value if value is None else value.to(dtype) for value, dtype in zip(grads, dtypes, strict=True)]
 
 
@@ -288,7 +290,8 @@ def _vmap(x, num_groups, weight=None, bias=None, eps=1e-5, *, residual=None, sca
     def call(x, weight, bias, residual, scale, shift):
         return torch.ops.normops.group_norm.default(x, num_groups, weight, bias, eps, residual=residual, scale=scale, shift=shift, **options)
 
-    return custom_function_call_vmap_helper(retrieve_current_functorch_interpreter(), rule, call, x, weight, bias, residual, scale, shift)
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(interpreter, rule, call, x, weight, bias, residual, scale, shift)
 
 
 def _fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None, **options):

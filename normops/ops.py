@@ -7,7 +7,7 @@ compiled graphs hold.
 import torch
 from torch import Tensor
 
-from normops import backends
+from normops import backends, cpu
 from normops.reference import CODES, accumulator
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,7 +31,16 @@ lib.define(
 )
 
 
-def check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: str, out_dtype: torch.dtype | None) -> None:
+def check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> None:
     """Raise ``ValueError`` or ``TypeError`` with one sentence unless the arguments fit together."""
     shape = x.shape
     if x.dtype not in FLOATS:
@@ -74,7 +83,9 @@ def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"group_norm: expected {name} on x's device {x.device}, got {value.device}")
 
 
-def modulate(x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def modulate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """The per-sample affine ``(N, C)`` of ``(x_hat*weight + bias) * (1+scale) + shift``, differentiable."""
     for name, value in (("scale", scale), ("shift", shift)):
         if value is None:
@@ -154,8 +165,8 @@ def group_norm_fwd(
     save_stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel: ``y`` and ``stats`` of shape (3, N, G): mean, what its rounding lost, 1/std."""
-    if x.is_cpu and residual is None and out_dtype is None:
-        result = backends.cpu_fwd_at_once(x, weight, bias, num_groups, eps, CODES.get(activation), negative_slope, save_stats)
+    if x.is_cpu and residual is None and out_dtype is None and backends.everyday():
+        result = cpu.group_norm_fwd_at_once(x, weight, bias, num_groups, eps, CODES.get(activation), negative_slope, save_stats)
         if result is not None:
             return result
     check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
@@ -181,8 +192,8 @@ def group_norm_bwd(
     output_mask: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted."""
-    if x.is_cpu and residual is None:
-        result = backends.cpu_bwd_at_once(dy, x, stats, weight, bias, num_groups, CODES[activation], negative_slope, output_mask)
+    if x.is_cpu and residual is None and backends.everyday():
+        result = cpu.group_norm_bwd_at_once(dy, x, stats, weight, bias, num_groups, CODES[activation], negative_slope, output_mask)
         if result is not None:
             return result
     x, weight, bias, residual, channels_last = _readable(x, weight, bias, residual)
@@ -214,6 +225,9 @@ def _empty_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask
 
 # Tensor returns cannot be None in a schema: what is not wanted has no elements
 def _group_norm_bwd(dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, output_mask):
+    check(x, num_groups, weight, bias, residual, 0.0, activation, None)
+    if dy.shape != x.shape or stats.shape != (3, x.shape[0], num_groups):
+        raise ValueError(f"group_norm_bwd: expected dy of shape {tuple(x.shape)} and stats of (3, N, G), got {tuple(dy.shape)}, {tuple(stats.shape)}")
     gradients = group_norm_bwd(dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, output_mask)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 

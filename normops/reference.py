@@ -163,7 +163,9 @@ def saved_x_hat(x: Tensor, stats: Tensor, num_groups: int) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def group_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope) -> None:
+def group_norm_bwd(
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope
+) -> None:
     x_hat, rstd = saved_x_hat(x, stats, num_groups)
     dt = dy.to(stats.dtype)
     if activation != CODES["none"]:

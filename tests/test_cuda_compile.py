@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,15 +78,19 @@ def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def emulation(emulated, monkeypatch: pytest.MonkeyPatch, poison) -> Callable:
-    """normops runs on the emulated kernels."""
+def emulation(emulated, monkeypatch: pytest.MonkeyPatch, poison):
+    """normops runs on the emulated kernels, and on nothing else."""
+    launched = []
 
     def launch(op: str, x: torch.Tensor, *args) -> None:
+        launched.append(op)
         with torch._C._AutoDispatchBelowAutograd():
             getattr(emulated, op)(*args)
 
+    monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(backends, "run", launch)
-    return launch
+    yield
+    assert launched, "the test has not reached the emulated kernels"
 
 
 @pytest.mark.parametrize("name", CASES)

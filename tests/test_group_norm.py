@@ -58,6 +58,19 @@ def test_each_gradient_alone(name, backend, device, poison):
             assert torch.equal(gradient, full.gradients[key]), f"d{key}, when only {wanted} require grad"
 
 
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+def test_unwanted_gradients_are_not_computed(wanted, activation, backend, device, monkeypatch):
+    """The launcher makes nothing for what requires no grad; a linear residual's gradient is dy, and no kernel makes that either."""
+    made, launch = [], ops.group_norm_bwd
+    monkeypatch.setattr(ops, "group_norm_bwd", lambda *args: made.append(launch(*args)) or made[-1])
+    inputs = Inputs.of(Case("mask", (2, 6, 5), 3, residual="contiguous", activation=activation), device)
+    inputs.run(normops.group_norm, (wanted,))
+    expected = [name == wanted and not (name == "residual" and activation == "none") for name in ("x", "weight", "bias", "residual")]
+    found = [[gradient is not None for gradient in gradients] for gradients in made]
+    assert found == [expected] or (found == [] and not any(expected))
+
+
 # what kernels may do differently: sums over programs, over samples, over threads; both memory orders
 REPEATED = ["long_group", "many_small_groups", "many_samples", "cl_long", "cl_C320", "cl_many_positions", "everything", "bf16_long"]
 
@@ -351,8 +364,9 @@ def test_inputs_are_left_alone(backend, device):
     assert all(result.y.data_ptr() != value.data_ptr() for value in inputs.tensors.values()), "the result is no input"
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("layout", LAYOUT_IDS)
-def test_nothing_is_written_outside(layout, backend, device, monkeypatch):
+def test_nothing_is_written_outside(layout, residual, backend, device, monkeypatch):
     """Outputs between guard elements: kernels that write whole vectors past the end are seen."""
     guards, empty_like, new_empty = [], torch.empty_like, torch.Tensor.new_empty
     pad = 64
@@ -367,12 +381,12 @@ def test_nothing_is_written_outside(layout, backend, device, monkeypatch):
         made = empty_like(value, dtype=dtype, **options)
         return guarded(made.shape, made.stride(), made.dtype)
 
-    inputs = Inputs.of(Case("guards", (3, 35, 7, 3), 5, layout, residual=layout, weight="NC", activation="silu"), device)
+    inputs = Inputs.of(Case("guards", (3, 35, 7, 3), 5, layout, residual=layout if residual else None, activation="silu"), device)
     with monkeypatch.context() as patch:
         patch.setattr(ops.torch, "empty_like", like)
         patch.setattr(torch.Tensor, "new_empty", lambda x, size, dtype=None: guarded(size, new_empty(x, size, dtype=dtype).stride(), dtype))
         result = inputs.run(normops.group_norm)
-    assert len(guards) >= 6, "y, stats, dx, dweight, dbias, dresidual"
+    assert len(guards) >= 5 + residual, "y, stats, dx, dweight, dbias, dresidual"
     for whole in guards:
         assert (whole[:pad] == 12345).all() and (whole[-pad:] == 12345).all()
     check(result, inputs)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for folder in ("normops", "kernels") for path in (ROOT / folder).rglob("*.py"))
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inc", ".cpp", ".cu", ".cuh"))
 # nn -> functional -> autograd -> ops -> backends -> kernels (lazily), reference; a module may import what stands after it
-ORDER = ("nn", "functional", "autograd", "ops", "backends", "kernels", "reference")
+ORDER = ("nn", "functional", "autograd", "ops", "backends", "kernels", "cpu", "reference")
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -102,7 +102,7 @@ def test_public_functions_have_docstrings(path):
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
-        if path.stem == "reference" and node.name in backends.OPS:
+        if path.stem in ("cpu", "reference") and node.name in backends.OPS:
             continue  # the pair that every backend offers: backends.py describes it
         assert ast.get_docstring(node), f"{node.name} has no docstring"
 

@@ -105,11 +105,11 @@ def error(value, exact):
     return ((value.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
 
 
-def compare(ours, theirs, exact, names=("y", "dx", "dweight", "dbias", "dresidual"), least=None):
+def compare(ours, theirs, exact, names=("y", "dx", "dweight", "dbias", "dresidual"), limit=None):
     for name, mine, other, truth in zip(names, ours, theirs, exact, strict=True):
         if mine is None:
             continue
-        allowed = max(2 * error(other, truth), least or ROUNDING[mine.dtype])
+        allowed = limit or max(2 * error(other, truth), ROUNDING[mine.dtype])
         assert error(mine, truth) <= allowed, f"{name}: error {error(mine, truth):.2e}, allowed {allowed:.2e}"
 
 
@@ -121,15 +121,13 @@ def run(place, x, dy, weight, bias, residual, eps=1e-5, activation="silu", want=
     config = replace(config, FOLD=False, SLOTS=config.SLOTS or shape[0])
     dx, dweight, dbias = (nan_like(t) if wanted else None for t, wanted in zip((x, weight, bias), want, strict=True))
     dresidual = nan_like(residual)
-    group_norm.backward(
-        config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, G, channels_last, code, 0.1
-    )
+    group_norm.backward(config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, G, channels_last, code, 0.1)
     return [y, dx, dweight, dbias, dresidual], stats
 
 
 def check(
     place, dtype=torch.float32, activation="silu", dims=(1, 1), with_residual=True, weight_dtype=None, dy_dtype=None, want=(True,) * 3,
-    mean=0.0, least=None,
+    mean=0.0, limit=None,
 ):  # fmt: skip
     torch.manual_seed(0)
     shape, G, channels_last, _ = place
@@ -141,7 +139,7 @@ def check(
     ours, _ = run(place, x, dy, weight, bias, residual, activation=activation, want=want)
     exact = torch_way(x, dy, weight, bias, residual, G, 1e-5, activation, torch.float64)
     theirs = torch_way(x, dy, weight, bias, residual, G, 1e-5, activation, dtype)
-    compare(ours, theirs, exact, least=least)
+    compare(ours, theirs, exact, limit=limit)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -198,7 +196,7 @@ def test_wanted(place, want):
 @pytest.mark.parametrize("place", STATISTICS)
 def test_far_from_zero(place):
     """mean / std = 1e4: still at rounding level, where torch loses three digits."""
-    check(PLACES[place], activation="none", with_residual=False, mean=1e4, least=1e-6)
+    check(PLACES[place], activation="none", with_residual=False, mean=1e4, limit=1e-6)
 
 
 @pytest.mark.parametrize("place", STATISTICS)
