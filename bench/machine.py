@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 import normops
-
-ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+import normops.backends
 
 
 def default_backend(device: str) -> str:
@@ -20,7 +19,7 @@ def default_backend(device: str) -> str:
     if forced := os.environ.get("NORMOPS_BACKEND"):
         return forced
     x = torch.ones(1, 2, 4, device=device)
-    for name in ORDER[device]:
+    for name in normops.backends.ORDER[device]:
         with contextlib.suppress(NotImplementedError), normops.backend(name):
             normops.group_norm(x, 1)
             return name

@@ -1,7 +1,7 @@
 """Train one small network on handwritten digits twice, with torch's normalization and with normops', and compare: ``make demo``.
 
 Both networks start from the same weights and see the same batches, step by step side by side. The network is a residual classifier for
-scikit-learn's bundled 8x8 digits; each of its norms is followed by a residual sum and SiLU, which normops computes in the same pass.
+scikit-learn's bundled 8x8 digits; each of its norms is followed by a residual sum and SiLU, which normops fuses.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class TorchNorm(nn.GroupNorm):
 
 
 def fused_norm(groups: int, channels: int) -> nn.Module:
-    """The same from normops, in one kernel."""
+    """The same from normops, fused."""
     return normops.nn.GroupNorm(groups, channels, activation="silu")
 
 

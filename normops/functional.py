@@ -20,7 +20,7 @@ def group_norm(
     shift: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Normalize each sample over groups of channels, then affine, modulation, residual and activation, in one pass over memory.
+    """Normalize each sample over groups of channels, then affine, modulation, residual and activation, fused.
 
     In this order, with mean and biased variance over the ``C/num_groups`` channels and all positions of one group of one sample::
 
