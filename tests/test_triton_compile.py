@@ -128,7 +128,8 @@ def test_full_width(compiled):
 def test_instructions(compiled):
     def complaint(call, backward, name, num_warps, named, config, usage, accesses, opcodes, ptx):
         budget = BUDGET.get((call[2], backward))
-        # Fewer elements a thread are chosen where the device is not full, so where issue slots do not count.
+        # Below 32 elements a thread the fixed costs of a program weigh more. Most of those do not fill the device; (N, C) and odd S
+        # backward may, and lie over the budget or near it (34 and 44 of 29 and 42 for (N, C)): not asserted, still to be measured.
         if "OUTER" not in named or budget is None or config.V * call[2].itemsize < 16 or call[4] == 4 or elements_of(named, num_warps) < 32:
             return None
         count = len(opcodes) / elements_of(named, num_warps)
