@@ -290,55 +290,57 @@ class GroupNorm {
 
   // ---- channels last: blocks of pixels with all their channels ----
 
-  int64_t block_pixels() const { return std::max<int64_t>(32, kGrain / s.C); }  // 128 KB in float: what is read twice fits the L2 cache
+  static constexpr int64_t kRun = 128;  // pixels summed in A; longer sums continue in double
+  int64_t block_pixels() const { return std::max<int64_t>(kRun / 2, kGrain / s.C); }
   int64_t blocks() const { return ceil_div(s.S, block_pixels()); }
   int64_t pixels_of(int64_t block) const { return std::min(block_pixels(), s.S - block * block_pixels()); }
   int64_t offset_of(int64_t sample, int64_t block) const { return (sample * s.S + block * block_pixels()) * s.C; }
-
-  static constexpr int64_t kRun = 128;  // pixels summed in A; longer sums continue in double
 
   // totals[i] = what f(sums, first pixel, pixels) adds to sums[i], over runs of pixels
   template <typename F>
   static void sum_runs(double* totals, int64_t n, int64_t pixels, const F& f) {
     auto sums = buffer<A>(n);
-    std::fill_n(totals, n, 0.0);
     for (int64_t begin = 0; begin < pixels; begin += kRun) {
       std::fill_n(sums.get(), n, A(0));
       f(sums.get(), begin, std::min(kRun, pixels - begin));
-      for (int64_t i = 0; i < n; i++) totals[i] += sums[i];
+      for (int64_t i = 0; i < n; i++) totals[i] = begin ? totals[i] + sums[i] : sums[i];
     }
   }
 
-  // Moments of all groups over one block, the means counted from `center` (C, equal within a group): a guess when it is `known`, else set here.
+  // Moments of all groups over one block, the means counted from `center` (C, equal within a group): a guess when it is `known`, else set here to
+  // the mean of the first pixel. Where the guess proves bad, the means themselves come from a pass of their own.
   void block_moments(Moments* out, int64_t sample, int64_t block, A* center, bool known) const {
     const int64_t pixels = pixels_of(block), D = s.D();
     const T* start = x + offset_of(sample, block);
     const double count = static_cast<double>(pixels) * D;
     auto totals = buffer<double>(2 * s.C);
     if (!known) {
-      for (int64_t group = 0; group < s.G; group++) std::fill_n(center + group * D, D, load<1>(start + group * D));
-      sum_runs(totals.get(), s.C, pixels, [&](A* sums, int64_t first, int64_t run) {
-        loop.column_moments(sums, nullptr, start + first * s.C, center, run, s.C);
-      });
-      for (int64_t group = 0; group < s.G; group++)
-        std::fill_n(center + group * D, D, static_cast<A>(center[group * D] + sum_of(&totals[group * D], D) / count));
-    }
-    sum_runs(totals.get(), 2 * s.C, pixels, [&](A* sums, int64_t first, int64_t run) {
-      loop.column_moments(sums, sums + s.C, start + first * s.C, center, run, s.C);
-    });
-    for (int64_t group = 0; group < s.G; group++) {
-      const double low = sum_of(&totals[group * D], D) / count;
-      double m2 = sum_of(&totals[s.C + group * D], D);
-      if (std::isinf(m2)) m2 = wide_squares(start + group * D, center[group * D], pixels);
-      m2 -= low * low * count;
-      if (known && !(low * low * count <= kBadGuess * m2)) {
-        auto own = buffer<A>(s.C);
-        block_moments(out, sample, block, own.get(), false);
-        for (int64_t g = 0; g < s.G; g++) out[g].mean += static_cast<double>(own[g * D]) - static_cast<double>(center[g * D]);
-        return;
+      for (int64_t group = 0; group < s.G; group++) {
+        double sum = 0;
+        for (int64_t c = group * D; c < (group + 1) * D; c++) sum += load<1>(start + c);
+        std::fill_n(center + group * D, D, static_cast<A>(sum / D));
       }
-      out[group] = {count, low, m2 < 0 ? 0 : m2};
     }
+    auto scan = [&](const A* around) {  // whether no group is far from where it is thought to be
+      sum_runs(totals.get(), 2 * s.C, pixels, [&](A* sums, int64_t first, int64_t run) {
+        loop.column_moments(sums, sums + s.C, start + first * s.C, around, run, s.C);
+      });
+      bool good = true;
+      for (int64_t group = 0; group < s.G; group++) {
+        const double low = sum_of(&totals[group * D], D) / count;
+        double m2 = sum_of(&totals[s.C + group * D], D);
+        if (std::isinf(m2)) m2 = wide_squares(start + group * D, around[group * D], pixels);
+        m2 -= low * low * count;
+        good = good && low * low * count <= kBadGuess * m2;
+        out[group] = {count, low, m2 < 0 ? 0 : m2};
+      }
+      return good;
+    };
+    if (scan(center)) return;
+    auto own = buffer<A>(s.C);
+    for (int64_t group = 0; group < s.G; group++) std::fill_n(&own[group * D], D, static_cast<A>(center[group * D] + out[group].mean));
+    scan(own.get());
+    for (int64_t group = 0; group < s.G; group++) out[group].mean += static_cast<double>(own[group * D]) - static_cast<double>(center[group * D]);
   }
 
   double wide_squares(const T* start, A middle, int64_t pixels) const {  // float squares overflowed
@@ -351,19 +353,21 @@ class GroupNorm {
     return m2;
   }
 
-  // vectors over the channels of one sample in storage (7*C); c2 and c3 only where sums are given
-  Columns<A> sample_coefficients(int64_t sample, const A* sums, A* storage) const {
+  // vectors over the channels of one sample in storage (7*C); forward needs three, c2 and c3 need sums
+  Columns<A> sample_coefficients(int64_t sample, bool backward, const A* sums, A* storage) const {
     A* v[7];
     for (int64_t k = 0; k < 7; k++) v[k] = storage + k * s.C;
     for (int64_t group = 0; group < s.G; group++) {
       const Rows<A> at = sums ? coefficients(sample * s.G + group, sums) : coefficients(sample * s.G + group);
-      const A values[] = {at.mean, 0, 0, at.rstd, at.offset, at.c2, at.c3};
-      for (int64_t k : {0, 3, 4, 5, 6}) std::fill_n(v[k] + group * s.D(), s.D(), values[k]);
-    }
-    const A *weight = affine.weight + parameter(sample * s.G), *bias = affine.bias + parameter(sample * s.G);
-    for (int64_t c = 0; c < s.C; c++) {
-      v[1][c] = v[3][c] * weight[c];
-      v[2][c] = v[4][c] * weight[c] + bias[c];
+      const int64_t begin = group * s.D();
+      std::fill_n(v[0] + begin, s.D(), at.mean);
+      for (int64_t d = 0; d < s.D(); d++) {
+        v[1][begin + d] = at.rstd * at.weight[d];
+        v[2][begin + d] = at.offset * at.weight[d] + at.bias[d];
+      }
+      if (!backward) continue;
+      const A values[] = {at.rstd, at.offset, at.c2, at.c3};
+      for (int64_t k = 0; k < 4; k++) std::fill_n(v[3 + k] + begin, s.D(), values[k]);
     }
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6]};
   }
@@ -382,7 +386,7 @@ class GroupNorm {
         auto storage = buffer<A>(7 * s.C);
         for (int64_t block = 0; block < blocks(); block++) block_moments(&sets[block * s.G], sample, block, storage.get(), block > 0);
         fold(sample, sets.get(), storage.get());
-        const auto at = sample_coefficients(sample, nullptr, storage.get());
+        const auto at = sample_coefficients(sample, false, nullptr, storage.get());
         for (int64_t block = blocks(); block-- > 0;) apply_block(y, at, sample, block);
       });
     }
@@ -396,7 +400,7 @@ class GroupNorm {
     auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) {
       fold(sample, &sets[sample * blocks() * s.G], &storage[sample * 7 * s.C]);
-      at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
+      at[sample] = sample_coefficients(sample, false, nullptr, &storage[sample * 7 * s.C]);
     }
     parallel(steps, step_size, [&](int64_t i) {
       i = steps - 1 - i;
@@ -424,11 +428,11 @@ class GroupNorm {
       return parallel(s.N, s.S * s.C, [&](int64_t sample) {
         auto storage = buffer<A>(7 * s.C);
         auto partial = buffer<double>(blocks() * 2 * s.C);
-        auto at = sample_coefficients(sample, nullptr, storage.get());
+        auto at = sample_coefficients(sample, true, nullptr, storage.get());
         for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block);
         fold(sample, partial.get());
         if (!apply) return;
-        at = sample_coefficients(sample, sums, storage.get());
+        at = sample_coefficients(sample, true, sums, storage.get());
         for (int64_t block = blocks(); block-- > 0;) backward_block(dx, dt, dy, at, sample, block);
       });
     }
@@ -436,11 +440,11 @@ class GroupNorm {
     auto storage = buffer<A>(s.N * 7 * s.C);
     auto partial = buffer<double>(steps * 2 * s.C);
     auto at = buffer<Columns<A>>(s.N);
-    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, nullptr, &storage[sample * 7 * s.C]);
+    for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, true, nullptr, &storage[sample * 7 * s.C]);
     parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks()); });
     for (int64_t sample = 0; sample < s.N; sample++) {
       fold(sample, &partial[sample * blocks() * 2 * s.C]);
-      if (apply) sample_coefficients(sample, sums, &storage[sample * 7 * s.C]);
+      if (apply) sample_coefficients(sample, true, sums, &storage[sample * 7 * s.C]);
     }
     if (!apply) return;
     parallel(steps, step_size, [&](int64_t i) {

@@ -12,6 +12,7 @@
 namespace normops {
 
 constexpr int64_t kChunk = 4096;  // elements whose moments are taken at once: 16 KB in float, held in the L1 cache for the second look
+constexpr int64_t kSample = 256;  // elements whose mean is the first guess
 constexpr double kBadGuess = 4;   // a center further from the mean than two standard deviations would cost digits of the variance
 
 // x_hat = (x - mean)*rstd + offset, t = x_hat*weight + bias = (x - mean)*a + b, dx = a*dt + c2*x_hat + c3
