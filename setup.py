@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent
 ARCHITECTURES = ("8.0", "9.0", "10.0")  # what is built when no GPU is there to ask
 ABI_FLAGS = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]  # torch 2.11, Python 3.10
 CXX_FLAGS = ["-O3", "-g0", "-Wno-psabi", "-Wno-maybe-uninitialized", *ABI_FLAGS]  # the last warning: false alarms from gcc 12's AVX-512 header
-NVCC_FLAGS = ["-O3", "-DUSE_CUDA", *ABI_FLAGS]
+NVCC_FLAGS = ["-O3", "-DUSE_CUDA", "--threads=4", "-Xfatbin=-compress-all", *ABI_FLAGS]
 # torch switches the operators of half and bfloat16 off for nvcc: on again
 NVCC_FLAGS += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")]
 

@@ -22,7 +22,9 @@ namespace normops {
 // the order of reference.ACTIVATIONS in normops/reference.py
 enum class Activation : int { none, relu, leaky_relu, silu, gelu, gelu_tanh, tanh, sigmoid, hardswish };
 
-struct Moments {  // of `count` elements: mean and sum of squared deviations from it; doubles, so that float squares cannot overflow
+// Of `count` elements: the mean, counted from a base that is close to all means at hand, and the sum of squared deviations from the mean.
+// Doubles, so that sums of float squares cannot overflow.
+struct Moments {
   double count, mean, m2;
 };
 
@@ -39,9 +41,9 @@ struct Stats {  // what is saved: the mean as two numbers, and 1/std
 };
 
 template <typename A>
-NORMOPS_INLINE Stats<A> finish(const Moments& m, double eps) {
-  A mean = static_cast<A>(m.mean);
-  return {mean, static_cast<A>(m.mean - static_cast<double>(mean)), static_cast<A>(1.0 / sqrt(m.m2 / m.count + eps))};
+NORMOPS_INLINE Stats<A> finish(double base, const Moments& m, double eps) {
+  const A mean = static_cast<A>(base + m.mean);
+  return {mean, static_cast<A>((base - static_cast<double>(mean)) + m.mean), static_cast<A>(1.0 / sqrt(m.m2 / m.count + eps))};
 }
 
 constexpr double kSqrtHalf = 0.70710678118654752440;

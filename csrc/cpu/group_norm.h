@@ -73,14 +73,23 @@ inline Moments merge(const Moments* sets, int64_t count, int64_t stride) {
   return {total, mean, m2};
 }
 
-template <typename A>
-double sum_of(const A* values, int64_t n) {
+// sums in double, four at a time: one addition waits for the one before
+template <typename F>
+double sum_over(int64_t n, const F& term) {
   double sums[4] = {};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
-    for (int k = 0; k < 4; k++) sums[k] += values[i + k];
-  for (; i < n; i++) sums[0] += values[i];
+    for (int k = 0; k < 4; k++) sums[k] += term(i + k);
+  for (; i < n; i++) sums[0] += term(i);
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+template <typename A>
+double sum_of(const A* values, int64_t n) {
+  return sum_over(n, [&](int64_t i) { return static_cast<double>(values[i]); });
+}
+template <typename A>
+double dot(const A* a, const A* b, int64_t n) {
+  return sum_over(n, [&](int64_t i) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
 }
 
 template <typename T>
@@ -133,12 +142,10 @@ class GroupNorm {
 
   // the means of `sets` are counted from `base`
   void save(int64_t group, A base, const Moments* sets, int64_t count, int64_t stride, double eps) {
-    const Moments m = merge(sets, count, stride);
-    const double whole = static_cast<double>(base) + m.mean;
-    const A mean = static_cast<A>(whole);
-    stats[group] = mean;
-    stats[s.groups() + group] = static_cast<A>((static_cast<double>(base) - static_cast<double>(mean)) + m.mean);
-    stats[2 * s.groups() + group] = static_cast<A>(1 / std::sqrt(m.m2 / m.count + eps));
+    const Stats<A> result = finish<A>(static_cast<double>(base), merge(sets, count, stride), eps);
+    stats[group] = result.mean;
+    stats[s.groups() + group] = result.mean_lo;
+    stats[2 * s.groups() + group] = result.rstd;
   }
 
   int64_t parameter(int64_t group) const { return (group / s.G) * affine.stride + (group % s.G) * s.D(); }  // index of the first channel's
@@ -153,13 +160,9 @@ class GroupNorm {
   Rows<A> coefficients(int64_t group, const A* sums) const {
     Rows<A> at = coefficients(group);
     const A *sum_dt_xhat = sums + group * s.D(), *sum_dt = sum_dt_xhat + s.N * s.C;
-    double first = 0, second = 0;
-    for (int64_t d = 0; d < s.D(); d++) {
-      first += static_cast<double>(at.weight[d]) * sum_dt_xhat[d];
-      second += static_cast<double>(at.weight[d]) * sum_dt[d];
-    }
-    at.c2 = static_cast<A>(-at.rstd * first / s.n());
-    at.c3 = static_cast<A>(-at.rstd * second / s.n());
+    const double n = static_cast<double>(s.n());
+    at.c2 = static_cast<A>(-at.rstd * dot(at.weight, sum_dt_xhat, s.D()) / n);
+    at.c3 = static_cast<A>(-at.rstd * dot(at.weight, sum_dt, s.D()) / n);
     return at;
   }
 

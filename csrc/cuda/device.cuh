@@ -243,11 +243,4 @@ __device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, in
   }
 }
 
-// Of a group, whose `m` is relative to `base`: close to all its means, so that none of their digits is lost
-template <typename A>
-__device__ Stats<A> finish(double base, const Moments& m, double eps) {
-  const A mean = static_cast<A>(base + m.mean);
-  return {mean, static_cast<A>((base - mean) + m.mean), finish<A>(m, eps).rstd};
-}
-
 }  // namespace normops
