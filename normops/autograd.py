@@ -25,9 +25,9 @@ def _private(name: str, default):
 _any_requires_grad = _private("_any_requires_grad", True)
 _dispatch_modes = _private("_len_torch_dispatch_stack", 1)
 _function_modes = _private("_len_torch_function_stack", 1)
-_transforms_active = _private("peek_interpreter_stack", None)
+_transforms_active = _private("peek_interpreter_stack", True)
 _any_autocast = _private("_is_any_autocast_enabled", True)
-_tracing = _private("_get_tracing_state", None)
+_tracing = _private("_get_tracing_state", True)
 _is_compiling = torch.compiler.is_dynamo_compiling  # other tracers run under a dispatch mode
 _PLAIN = (Tensor, torch.nn.Parameter)
 
