@@ -28,6 +28,7 @@ struct Affine {  // per channel, or per sample and channel
   int64_t stride;  // from one sample to the next: 0 or C
 };
 
+constexpr int64_t kKept = 1 << 20;  // elements: 4 MB in float for each thread
 constexpr int64_t kGrain = 32768;  // elements below which a thread is not worth waking
 
 template <typename F>
@@ -136,8 +137,15 @@ class GroupNorm {
     return {y + offset, x + offset, shifted(residual, offset), at};
   }
   template <typename C>
-  Backward<T, C> backward_from(T* dx, T* dt, const T* dy, int64_t offset, const C& at) const {
-    return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at};
+  Backward<T, C> backward_from(T* dx, T* dt, const T* dy, int64_t offset, const C& at, A* kept) const {  // kept: for this offset already
+    return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at, kept};
+  }
+
+  // A place for dt between the two passes of a unit of n elements, where memory is cheaper than the activation a second time
+  Buffer<A> keep(int64_t n) const {
+    constexpr Activation costly[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::tanh, Activation::sigmoid};
+    const bool worth = std::find(std::begin(costly), std::end(costly), options.activation) != std::end(costly);
+    return worth && n <= kKept ? buffer<A>(n) : nullptr;
   }
 
   // the means of `sets` are counted from `base`
@@ -232,9 +240,10 @@ class GroupNorm {
   }
 
   // sums of a piece, into (parts, 2, N, C)
-  void sum_piece(A* sums, const T* dy, int64_t group, int64_t index) const {
+  void sum_piece(A* sums, const T* dy, int64_t group, int64_t index, A* kept) const {
     const Piece p = piece(index);
-    const auto rows = backward_from(nullptr, nullptr, dy, p.offset(s, group), from_channel(coefficients(group), p.channel));
+    const int64_t offset = p.offset(s, group);
+    const auto rows = backward_from(nullptr, nullptr, dy, offset, from_channel(coefficients(group), p.channel), shifted(kept, offset - group * s.n()));
     A* sum_dt_xhat = sums + p.part * 2 * s.N * s.C + group * s.D() + p.channel;
     A* sum_dt = sum_dt_xhat + s.N * s.C;
     if (s.S == 1)
@@ -243,9 +252,10 @@ class GroupNorm {
       loop.row_sums(sum_dt_xhat, sum_dt, rows, p.rows, p.length, options);
   }
 
-  void backward_piece(T* dx, T* dt, const T* dy, const Rows<A>& group_at, int64_t group, int64_t index) const {
+  void backward_piece(T* dx, T* dt, const T* dy, const Rows<A>& group_at, int64_t group, int64_t index, A* kept) const {
     const Piece p = piece(index);
-    const auto rows = backward_from(dx, dt, dy, p.offset(s, group), from_channel(group_at, p.channel));
+    const int64_t offset = p.offset(s, group);
+    const auto rows = backward_from(dx, dt, dy, offset, from_channel(group_at, p.channel), shifted(kept, offset - group * s.n()));
     if (s.S == 1)
       loop.line_backward(rows, p.rows, options);
     else
@@ -262,22 +272,23 @@ class GroupNorm {
     };
     if (enough(s.groups(), s.n())) {
       return parallel(s.groups(), s.n(), [&](int64_t group) {
-        for (int64_t index = 0; index < pieces(); index++) sum_piece(partial, dy, group, index);
+        const auto kept = apply ? keep(s.n()) : nullptr;
+        for (int64_t index = 0; index < pieces(); index++) sum_piece(partial, dy, group, index, kept.get());
         fold(group);
         if (!apply) return;
         const Rows<A> at = coefficients(group, sums);
-        for (int64_t index = pieces(); index-- > 0;) backward_piece(dx, dt, dy, at, group, index);
+        for (int64_t index = pieces(); index-- > 0;) backward_piece(dx, dt, dy, at, group, index, kept.get());
       });
     }
     const int64_t steps = s.groups() * pieces(), step_size = s.n() / pieces();
-    parallel(steps, step_size, [&](int64_t i) { sum_piece(partial, dy, i / pieces(), i % pieces()); });
+    parallel(steps, step_size, [&](int64_t i) { sum_piece(partial, dy, i / pieces(), i % pieces(), nullptr); });
     for (int64_t group = 0; group < s.groups(); group++) fold(group);
     if (!apply) return;
     auto at = buffer<Rows<A>>(s.groups());
     for (int64_t group = 0; group < s.groups(); group++) at[group] = coefficients(group, sums);
     parallel(steps, step_size, [&](int64_t i) {
       const int64_t group = (steps - 1 - i) / pieces();
-      backward_piece(dx, dt, dy, at[group], group, (steps - 1 - i) % pieces());
+      backward_piece(dx, dt, dy, at[group], group, (steps - 1 - i) % pieces(), nullptr);
     });
   }
 
@@ -411,15 +422,18 @@ class GroupNorm {
     });
   }
 
-  void sum_block(double* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {  // out: (2, C)
+  void sum_block(double* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block, A* kept) const {  // out: (2, C)
     const int64_t start = offset_of(sample, block);
     sum_runs(out, 2 * s.C, pixels_of(block), [&](A* sums, int64_t first, int64_t run) {
-      loop.column_sums(sums, sums + s.C, backward_from(nullptr, nullptr, dy, start + first * s.C, at), run, s.C, options);
+      const int64_t offset = start + first * s.C;
+      const auto columns = backward_from(nullptr, nullptr, dy, offset, at, shifted(kept, offset - offset_of(sample, 0)));
+      loop.column_sums(sums, sums + s.C, columns, run, s.C, options);
     });
   }
 
-  void backward_block(T* dx, T* dt, const T* dy, const Columns<A>& at, int64_t sample, int64_t block) const {
-    loop.column_backward(backward_from(dx, dt, dy, offset_of(sample, block), at), pixels_of(block), s.C, options);
+  void backward_block(T* dx, T* dt, const T* dy, const Columns<A>& at, int64_t sample, int64_t block, A* kept) const {
+    const int64_t offset = offset_of(sample, block);
+    loop.column_backward(backward_from(dx, dt, dy, offset, at, shifted(kept, offset - offset_of(sample, 0))), pixels_of(block), s.C, options);
   }
 
   void backward_columns(T* dx, T* dt, A* sums, const T* dy) {
@@ -432,11 +446,12 @@ class GroupNorm {
         auto storage = buffer<A>(7 * s.C);
         auto partial = buffer<double>(blocks() * 2 * s.C);
         auto at = sample_coefficients(sample, true, nullptr, storage.get());
-        for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block);
+        const auto kept = apply ? keep(s.S * s.C) : nullptr;
+        for (int64_t block = 0; block < blocks(); block++) sum_block(&partial[block * 2 * s.C], dy, at, sample, block, kept.get());
         fold(sample, partial.get());
         if (!apply) return;
         at = sample_coefficients(sample, true, sums, storage.get());
-        for (int64_t block = blocks(); block-- > 0;) backward_block(dx, dt, dy, at, sample, block);
+        for (int64_t block = blocks(); block-- > 0;) backward_block(dx, dt, dy, at, sample, block, kept.get());
       });
     }
     const int64_t steps = s.N * blocks(), step_size = block_pixels() * s.C;
@@ -444,7 +459,7 @@ class GroupNorm {
     auto partial = buffer<double>(steps * 2 * s.C);
     auto at = buffer<Columns<A>>(s.N);
     for (int64_t sample = 0; sample < s.N; sample++) at[sample] = sample_coefficients(sample, true, nullptr, &storage[sample * 7 * s.C]);
-    parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks()); });
+    parallel(steps, step_size, [&](int64_t i) { sum_block(&partial[i * 2 * s.C], dy, at[i / blocks()], i / blocks(), i % blocks(), nullptr); });
     for (int64_t sample = 0; sample < s.N; sample++) {
       fold(sample, &partial[sample * blocks() * 2 * s.C]);
       if (apply) sample_coefficients(sample, true, sums, &storage[sample * 7 * s.C]);
@@ -452,7 +467,7 @@ class GroupNorm {
     if (!apply) return;
     parallel(steps, step_size, [&](int64_t i) {
       i = steps - 1 - i;
-      backward_block(dx, dt, dy, at[i / blocks()], i / blocks(), i % blocks());
+      backward_block(dx, dt, dy, at[i / blocks()], i / blocks(), i % blocks(), nullptr);
     });
   }
 };

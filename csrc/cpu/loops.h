@@ -44,6 +44,7 @@ struct Backward {  // dx and, where wanted, dt
   T *dx, *dt;
   const T *dy, *x, *residual;
   Coefficients at;
+  Acc<T>* kept;  // unless null: the sums leave dt here, and the backward pass takes it from here
 };
 
 template <typename T>
