@@ -91,11 +91,6 @@ def _candidates(op: str, device: str, forced: str | None) -> tuple[Callable[...,
     return tuple(_load(name, op) for name in able)
 
 
-def everyday() -> bool:
-    """Whether CPU tensors go to the C++ kernels, so that :mod:`normops.cpu` may take its short cut."""
-    return _forced in (None, "cpu") and _extension("_C") is None
-
-
 def run(op: str, x: Tensor, *args) -> None:
     """Call the first backend that can run `op` on `x`'s device."""
     candidates = _candidates(op, "cpu" if x.is_cpu else x.device.type, _forced)
@@ -111,12 +106,21 @@ def run(op: str, x: Tensor, *args) -> None:
     raise NotImplementedError(f"{op}: no backend can run this: " + "; ".join(refusals))
 
 
+everyday = False  # whether CPU tensors go to the C++ kernels, so that normops.cpu may take its short cut
+
+
+def _choose() -> None:
+    global everyday
+    everyday = _forced in (None, "cpu") and _extension("_C") is None
+
+
 def force(name: str | None) -> None:
     """Use only this backend from now on, in every thread (None: the usual order again)."""
     global _forced
     if name is not None and name not in {backend for names in ORDER.values() for backend in names}:
         raise ValueError(f"normops: expected a backend out of triton, cuda, cpu, reference, got {name!r}")
     _forced = name
+    _choose()
 
 
 @contextlib.contextmanager
@@ -128,3 +132,6 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         force(before)
+
+
+_choose()

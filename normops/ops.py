@@ -165,7 +165,7 @@ def group_norm_fwd(
     save_stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel: ``y`` and ``stats`` of shape (3, N, G): mean, what its rounding lost, 1/std."""
-    if x.is_cpu and residual is None and out_dtype is None and backends.everyday():
+    if x.is_cpu and residual is None and out_dtype is None and backends.everyday:
         result = cpu.group_norm_fwd_at_once(x, weight, bias, num_groups, eps, CODES.get(activation), negative_slope, save_stats)
         if result is not None:
             return result
@@ -192,7 +192,7 @@ def group_norm_bwd(
     output_mask: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted."""
-    if x.is_cpu and residual is None and backends.everyday():
+    if x.is_cpu and residual is None and backends.everyday:
         result = cpu.group_norm_bwd_at_once(dy, x, stats, weight, bias, num_groups, CODES[activation], negative_slope, output_mask)
         if result is not None:
             return result

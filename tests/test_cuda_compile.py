@@ -91,7 +91,7 @@ def emulation(emulated, monkeypatch: pytest.MonkeyPatch, poison):
         with torch._C._AutoDispatchBelowAutograd():
             getattr(emulated, op)(*args)
 
-    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "everyday", False)
     monkeypatch.setattr(backends, "run", launch)
     yield
     assert launched, "the test has not reached the emulated kernels"
