@@ -113,8 +113,8 @@ def test_double_backward_precision(option, activation, dtype, layout, backend, d
         want = penalty(composed, [value.double() for value in values], names, seeds, activation=activation)
         theirs = penalty(composed, [value.float() for value in values], names, seeds, activation=activation)
         for name, mine, exact, other in zip(errors, got, want, theirs, strict=True):
-            if exact is None:
-                assert mine is None or not mine.any()
+            if exact is None or mine is None:  # no dependence: torch says None or zeros, by version
+                assert (exact is None or not exact.any()) and (mine is None or not mine.any())
                 continue
             assert mine.dtype == dtype and mine.shape == exact.shape
             errors[name] += (mine.double() - exact).square().sum().item()
