@@ -208,7 +208,7 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
 def test_export(strict, backend, device):
-    """A dynamic batch, decompositions, and a file that another session could read."""
+    """A dynamic batch, decompositions, and a file that another process could read."""
     model = Model().to(device)
     x, _, _, residual, scale, _ = tensors(dtype=torch.float32, device=device, requires_grad=False)
     batch = torch.export.Dim("batch", min=2, max=64)
