@@ -10,7 +10,7 @@ from torch import Tensor
 from normops import backends, cpu
 from normops.reference import CODES, accumulator
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = tuple(cpu.DTYPES)  # what every backend takes
 
 lib = torch.library.Library("normops", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
