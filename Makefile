@@ -6,10 +6,13 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 TORCH := torch==2.13.0
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-gpu bench lint
+.PHONY: demo style test test-gpu bench results lint
 
 demo: $(VENV)/ready
 	$(RUN) examples/digits.py $(ARGS)
+
+style: $(VENV)/ready
+	$(RUN) examples/style.py $(ARGS)
 
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)
@@ -17,16 +20,20 @@ test: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m bench $(ARGS)
 
+# everything that stands in the README, measured anew; ARGS="layer_norm rms_norm": these norms, the nnU-Net block, the summary
+results: $(VENV)/ready
+	$(RUN) -m bench $(ARGS) && $(RUN) -m bench.nnunet && $(RUN) -m bench.accuracy $(filter-out add_%,$(ARGS)) && $(RUN) -m bench.report
+
 lint: $(VENV)/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy normops
 
-# the environment of the three above: made once, and again when what it is made from changes
+# the environment of all above: made once, and again when what it is made from changes
 $(VENV)/ready: setup.py pyproject.toml $(shell find csrc -type f)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel ninja numpy
 	command -v nvidia-smi >/dev/null || $(PIP) $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH)+cpu $(CPU_INDEX) || true
 	$(PIP) $(TORCH)
-	$(PIP) --no-build-isolation -e ".[triton,test,demo,dev]"
+	$(PIP) --no-build-isolation -e ".[triton,test,demo,examples,dev]"
 	$(RUN) -m normops && touch $@
 
 # on a GPU, with the torch and triton that python3 has; nothing is installed or downloaded
@@ -37,4 +44,4 @@ test-gpu:
 	NORMOPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(ARGS)
 	command -v compute-sanitizer >/dev/null || exit 0; for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMOPS_TEST_DEVICE=cuda compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m pytest tests/test_group_norm.py -k "$(SANITIZED)" || exit 1; done
+		$(PYTHON) -m pytest tests/test_norms.py -k "$(SANITIZED)" || exit 1; done

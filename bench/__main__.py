@@ -1,13 +1,10 @@
 """The command line: ``python -m bench [op ...]``."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# without these, glibc takes fresh pages from the system for every large result: page faults are measured instead of kernels
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -16,7 +13,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("ops", nargs="*", metavar="op", help="norms to measure (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees one")
     parser.add_argument("--shapes", metavar="NAME_OR_GLOB", help="only these cases: the tag of a model, or a glob over model/shape/activation")
-    parser.add_argument("--quick", action="store_true", help="few cases, small, in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="few cases, small, a minute for all norms")
     parser.add_argument("--threads", nargs="+", type=int, help="thread counts on a CPU (default: 1 and all)")
     parser.add_argument("--compile", choices=("none", "some", "all"), help="cases for torch.compile, seconds each (default: some; quick: none)")
     parser.add_argument("--out", type=Path, help=f"folder of the CSV (default: {HERE.name}/results for a whole run, else build/bench)")
@@ -27,28 +24,29 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     import torch
 
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cpu" and any(name not in os.environ for name in MALLOC):
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *(sys.argv[1:] if argv is None else argv)], os.environ | MALLOC)
-
-    from bench import machine, methods, report, run, shapes
+    from bench import machine, methods, norms, report, run, shapes
     from bench.progress import tracked
 
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cpu":
+        machine.keep_pages("bench", argv)
     out = options.out or (HERE.parent / "build" / "bench" if options.quick or options.shapes else HERE / "results")
     threads = tuple(options.threads or sorted({1, torch.get_num_threads()})) if options.device == "cpu" else ()
-    for op in options.ops or methods.NORMS:
-        if op not in methods.NORMS:
-            sys.exit(f"bench: expected op out of {', '.join(methods.NORMS)}, got {op}")
-        budget = 0.06 if options.quick else 0.25 if options.device == "cpu" else 0.05
-        plan = run.Plan(options.device, threads, budget, options.compile or ("none" if options.quick else "some"))
-        cases = shapes.grid(op, options.device, options.shapes, options.quick)
+    if unknown := set(options.ops) - set(norms.NORMS):
+        sys.exit(f"bench: expected op out of {', '.join(norms.NORMS)}, got {', '.join(unknown)}")
+    grids = {op: shapes.grid(op, options.device, options.shapes, options.quick) for op in options.ops or norms.NORMS}
+    if not any(grids.values()):
+        sys.exit(f"bench: no case is called {options.shapes}")
+    for op, cases in grids.items():
         if not cases:
-            sys.exit(f"bench: no case of {op} is called {options.shapes}")
+            continue
+        budget = 0.06 if options.quick else 0.2 if options.device == "cpu" else 0.05
+        plan = run.Plan(options.device, threads, budget, options.compile or ("none" if options.quick else "some"))
         if op == "group_norm" and not options.shapes:
             cases += [methods.HOST, methods.PENALTY]
-        compiled = ", ".join(shapes.COMPILED) if plan.compile == "some" else plan.compile
+        compiled = ", ".join(shapes.names(op, shapes.COMPILED)) if plan.compile == "some" else plan.compile
         facts = machine.describe(options.device) | {
-            "grid": shapes.rule(options.device, options.quick),
+            "grid": shapes.rule(op, options.device, options.quick),
             "compile": compiled + (", at the largest thread count" if threads and plan.compile != "none" else ""),
             "clocks": "wall: warm caches" if options.device == "cpu" else "events: cold L2; graph: cold L2, replay of a CUDA graph; wall: host",
         }
@@ -63,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def _batches(run, cases, plan, say, total: int):
     for number, case in enumerate(cases, 1):
         rows = run.measure(case, plan)
-        say(f"[{number}/{total}] {case.name} {'x'.join(map(str, case.shape))} {case.dtype} {case.layout}: {_line(rows)}")
+        say(f"{case.norm} [{number}/{total}] {case.name} {'x'.join(map(str, case.shape))} {case.dtype} {case.layout}: {_line(rows)}")
         yield rows
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import geometric_mean
 
-from bench.run import read
-from bench.shapes import DTYPES
+from bench.norms import NORMS
+from bench.run import TIMED, read
+from bench.shapes import DTYPES, MIB
 
 HERE = Path(__file__).parent
 DIRECTIONS = ("forward", "backward", "fwd+bwd")
+LARGEST_CACHE = 64 * MIB  # a virtual machine names the whole cache of its host, which its few cores do not have for themselves
 CLONE_GOALS = {"forward": 1.4, "backward": 2.5}  # times of x.clone(), on a CPU, out of its caches
 HOST_GOALS = {"forward": 1.15, "forward, grad": 1.3, "fwd+bwd": 1.3, "penalty": 1.3}  # times of torch
 HOST_NAMES = {
@@ -26,25 +28,56 @@ HOST_NAMES = {
     "penalty": "gradient penalty, (4, 128, 32, 32)",
 }
 COLUMNS = ("dtype", "layout", "threads", "cases")
-Rows = list[dict[str, str]]
+Row = dict[str, str]
+Rows = list[Row]
+# norm -> of which rows, which directions, how many times as fast as eager torch
+GOALS: dict[str, tuple[tuple[str, Callable[[Row], bool], tuple[str, ...], float], ...]] = {
+    "instance_norm": (
+        ("channels last", lambda row: row["layout"] == "NHWC", ("fwd+bwd",), 5),
+        ("contiguous", lambda row: row["layout"] == "NCHW", ("fwd+bwd",), 2),
+        ("3-D", lambda row: row["shape"].count("x") == 4, ("fwd+bwd",), 2.5),
+    ),
+    "layer_norm": (("all", lambda row: True, ("forward",), 1.2), ("all", lambda row: True, ("backward",), 1.5)),
+    "rms_norm": (("all", lambda row: True, ("backward",), 8),),
+}
+BF16_GOAL = ("bf16", lambda row: row["dtype"] == "bf16", DIRECTIONS, 2)  # of every norm but group norm, which came before
 
 
 def tables(path: Path) -> str:
     """The markdown of one CSV."""
     facts, rows = read(path)
     cases = [row for row in rows if not _is_host(row)]
-    parts = [_heading(facts), _faults(rows)]
+    norm = NORMS[rows[0]["op"]]
+    parts = [_heading(facts), _faults(rows), _goals(rows)]
     for other, act, title in (
-        ("eager", lambda act: act != "none", "against F.group_norm followed by the activation, eager"),
-        ("eager", lambda act: act == "none", "against F.group_norm, where no activation follows"),
+        ("eager", lambda act: act != "none", f"against {norm.torch} followed by the activation, eager"),
+        ("eager", lambda act: act == "none", f"against {norm.torch}, where no activation follows"),
+        ("manual", lambda act: True, f"against {norm.written}, eager"),
         ("compile", lambda act: True, f"against torch.compile of the same ({facts.get('compile', '')})"),
     ):
-        parts.append(_speedups(cases, other, act, f"Speed-up {title}".replace("group_norm", rows[0]["op"] if rows else "group_norm")))
+        parts.append(_speedups(cases, other, act, f"Speed-up {title}"))
     parts += [_clones(cases, facts), _host([row for row in rows if _is_host(row)])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _is_host(row: dict[str, str]) -> bool:
+def summary(paths: Iterable[Path]) -> str:
+    """For every machine a line per norm, layout and dtype: against eager torch at the largest thread count."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        facts, rows = read(path)
+        most = max((row["threads"] for row in rows if row["threads"]), key=int, default="")
+        chosen = [row for row in rows if not _is_host(row) and row["threads"] == most and row["timer"] in ("wall", "graph")]
+        lines = found.setdefault(f"{facts['machine']}, {facts['cores']} cores, torch {facts['torch']}, backend {facts['backend']}", [])
+        for (dtype, layout, _), ratios in _grouped(pairs(chosen, "eager")).items():
+            every = [ratio for each in ratios.values() for ratio, _ in each]
+            below = f"{sum(ratio < 1 for ratio in every)} of {len(every)}"
+            lines.append(line(rows[0]["op"], dtype, layout, max(map(len, ratios.values())), *_means(ratios), below, f"{min(every):.2f}"))
+    columns = ("norm", "dtype", "layout", "cases", *DIRECTIONS, "below 1", "worst")
+    title = "Torch's time over normops', eager, all cores, geometric mean over the cases, on"
+    return "\n\n".join(table(f"{title} {machine}", columns, lines) for machine, lines in found.items())
+
+
+def _is_host(row: Row) -> bool:
     return row["name"].split("/")[0] in ("host", "penalty")
 
 
@@ -56,7 +89,7 @@ def _heading(facts: dict[str, str]) -> str:
 
 
 def _faults(rows: Rows) -> str:
-    """What was not timed because it is wrong or does not run."""
+    """What is wrong or does not run, and so was not timed, and what is inaccurate."""
     found: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -64,11 +97,12 @@ def _faults(rows: Rows) -> str:
     lines = []
     for (method, status), names in found.items():
         some = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
-        lines.append(f"{status}, not timed: `{method}` on {len(names)} cases: {some}.")
+        what = "inaccurate dweight or dbias, timed all the same" if status in TIMED else f"{status}, not timed"
+        lines.append(f"{what}: `{method}` on {len(names)} cases: {some}.")
     return "\n".join(lines)
 
 
-def pairs(rows: Rows, other: str) -> Iterator[tuple[dict[str, str], float]]:
+def pairs(rows: Rows, other: str) -> Iterator[tuple[Row, float]]:
     """Our rows, with the time of `other` over ours in the same rounds."""
     key = ("name", "shape", "dtype", "layout", "threads", "timer", "direction")
     theirs = {tuple(row[field] for field in key): row for row in rows if row["method"] == other and row["median_us"]}
@@ -78,7 +112,7 @@ def pairs(rows: Rows, other: str) -> Iterator[tuple[dict[str, str], float]]:
             yield row, float(match["median_us"]) / float(row["median_us"])
 
 
-def _grouped(found: Iterable[tuple[dict[str, str], float]]) -> dict[tuple[str, ...], dict[str, list[tuple[float, dict[str, str]]]]]:
+def _grouped(found: Iterable[tuple[Row, float]]) -> dict[tuple[str, ...], dict[str, list[tuple[float, Row]]]]:
     """(dtype, layout, threads or timer) -> direction -> the ratios and their rows."""
     groups: dict = {}
     for row, ratio in found:
@@ -93,17 +127,37 @@ def _speedups(rows: Rows, other: str, act: Callable[[str], bool], title: str) ->
     for key, found in groups.items():
         every = [pair for ratios in found.values() for pair in ratios]
         worst, row = min(every, key=lambda pair: pair[0])
-        means = [f"{geometric_mean(ratio for ratio, _ in found[name]):.2f}" if name in found else "" for name in DIRECTIONS]
         slower = sum(ratio < 1 for ratio, _ in every)
         scaled = "" if row["shape"] in row["name"] else f" as {row['shape']}"
         worst_text = f"{worst:.2f} {row['direction']} {row['name']}{scaled}"
-        lines.append(_line(*key, max(map(len, found.values())), *means, f"{slower} of {len(every)}", worst_text))
-    return _table(f"{title} (geometric mean; > 1: normops is faster)", (*COLUMNS, *DIRECTIONS, "below 1", "worst"), lines)
+        lines.append(line(*key, max(map(len, found.values())), *_means(found), f"{slower} of {len(every)}", worst_text))
+    return table(f"{title} (geometric mean; > 1: normops is faster)", (*COLUMNS, *DIRECTIONS, "below 1", "worst"), lines)
+
+
+def _means(found: dict[str, list[tuple[float, Row]]]) -> list[str]:
+    return [f"{geometric_mean(ratio for ratio, _ in found[name]):.2f}" if name in found else "" for name in DIRECTIONS]
+
+
+def _goals(rows: Rows) -> str:
+    """What was to be reached and what is, over all thread counts."""
+    op = rows[0]["op"]
+    lines = []
+    for what, chosen, directions, goal in () if op == "group_norm" else (*GOALS.get(op, ()), BF16_GOAL):
+        found = [(row, ratio) for row, ratio in pairs(rows, "eager") if chosen(row) and row["direction"] in directions]
+        means = (_mean(ratio for row, ratio in found if row["dtype"] == dtype) for dtype in DTYPES)
+        reached = ", ".join(f"{dtype} {mean}" for dtype, mean in zip(DTYPES, means, strict=True) if mean)
+        lines.append(line(what, ", ".join(directions), goal, reached))
+    return table("Goals: speed-up against eager torch, geometric mean", ("cases", "direction", "goal", "reached"), lines)
+
+
+def _mean(ratios: Iterable[float]) -> str:
+    values = list(ratios)
+    return f"{geometric_mean(values):.2f}" if values else ""
 
 
 def _clones(rows: Rows, facts: dict[str, str]) -> str:
     """Our times in units of ``x.clone()``: in the caches, and where x and its copy are larger than the last of them."""
-    cache = int(facts.get("last_level_cache_bytes", 0))
+    cache = min(int(facts.get("last_level_cache_bytes", 0)), LARGEST_CACHE)
     ratios = [(row, 1 / ratio) for row, ratio in pairs(rows, "clone") if row["direction"] in CLONE_GOALS]
     lines = []
     for place in ("in cache", "out of cache"):
@@ -111,14 +165,14 @@ def _clones(rows: Rows, facts: dict[str, str]) -> str:
         for key, found in _grouped(chosen).items():
             values = [[ratio for ratio, _ in found.get(name, [])] for name in CLONE_GOALS]
             cells = [f"{geometric_mean(each):.2f} ({max(each):.2f})" if each else "" for each in values]
-            lines.append(_line(place, *key, max(map(len, found.values())), *cells))
+            lines.append(line(place, *key, max(map(len, found.values())), *cells))
     title = "Time in units of `x.clone()`, geometric mean (worst); to move everything once is 1 forward, 1.5 backward"
     if "simd" in facts:
         title += "; goal out of cache: " + ", ".join(f"{name} <= {goal}" for name, goal in CLONE_GOALS.items())
-    return _table(title, ("x and y", *COLUMNS, *CLONE_GOALS), lines)
+    return table(title, ("x and y", *COLUMNS, *CLONE_GOALS), lines)
 
 
-def _copy_bytes(row: dict[str, str]) -> int:
+def _copy_bytes(row: Row) -> int:
     """Bytes of x and a copy of it."""
     return 2 * math.prod(map(int, row["shape"].split("x"))) * DTYPES[row["dtype"]].itemsize
 
@@ -129,16 +183,18 @@ def _host(rows: Rows) -> str:
         goal = HOST_GOALS[row["direction"]]
         ours = float(row["median_us"])
         cells = HOST_NAMES[row["direction"]], row["threads"] or row["timer"], f"{ours:.1f}", f"{ours * ratio:.1f}", f"{1 / ratio:.2f}", goal
-        lines.append(_line(*cells))
+        lines.append(line(*cells))
     title = "Host overhead on (2, 32, 4, 4), and double backward"
-    return _table(title, ("call", "threads", "normops, us", "torch, us", "normops / torch", "goal"), lines)
+    return table(title, ("call", "threads", "normops, us", "torch, us", "normops / torch", "goal"), lines)
 
 
-def _table(title: str, columns: tuple[str, ...], lines: list[str]) -> str:
-    return "\n".join([title, "", _line(*columns), _line(*("---" for _ in columns)), *lines]) if lines else ""
+def table(title: str, columns: tuple[str, ...], lines: list[str]) -> str:
+    """Markdown; empty where there are no lines."""
+    return "\n".join([title, "", line(*columns), line(*("---" for _ in columns)), *lines]) if lines else ""
 
 
-def _line(*cells: object) -> str:
+def line(*cells: object) -> str:
+    """A line of a markdown table."""
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
@@ -162,26 +218,30 @@ def fill(readme: Path, marker: str, content: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="tables and plots from the CSV files of python -m bench")
-    parser.add_argument("op", nargs="?", default="group_norm")
+    parser.add_argument("ops", nargs="*", metavar="op", help="norms (default: all that have a CSV, and the summary)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the CSV files")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file with <!-- bench:op --> and <!-- /bench -->")
     parser.add_argument("--print", action="store_true", dest="only_print", help="print the tables, change no file")
     options = parser.parse_args(argv)
-    files = sorted(options.results.glob(f"{options.op}_*.csv"))
-    if not files:
-        sys.exit(f"bench: no {options.op}_*.csv in {options.results}; run python -m bench first")
-    content = "\n\n".join(tables(path) for path in files)
+    found = {op: sorted(options.results.glob(f"{op}_*.csv")) for op in options.ops or NORMS}
+    for op in options.ops:
+        if not found[op]:
+            sys.exit(f"bench: no {op}_*.csv in {options.results}; run python -m bench {op} first")
+    contents = {op: "\n\n".join(map(tables, files)) for op, files in found.items() if files}
+    if not options.ops:
+        contents["summary"] = summary(path for files in found.values() for path in files)
     if options.only_print:
-        print(content)
+        print(*contents.values(), sep="\n\n")
         return
-    for path in files:
+    for path in (path for files in found.values() for path in files):
         try:
             from bench.plot import draw
         except ImportError:
             print("no plot: matplotlib is not installed")
             break
         print(f"wrote {draw(path)}")
-    fill(options.readme, f"bench:{options.op}", content)
+    for name, content in contents.items():
+        fill(options.readme, f"bench:{name}", content)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 
 from bench import gate
-from bench.methods import DIRECTIONS, HOST, NORMS, compiled, directions, minimum_bytes
+from bench.methods import DIRECTIONS, HOST, compiled, directions, methods
+from bench.norms import inputs as inputs_of
+from bench.norms import minimum_bytes
 from bench.shapes import COMPILED, Case
 from bench.timing import Times, interleave, timers
 
@@ -20,6 +22,7 @@ FIELDS = (
     "op", "name", "shape", "dtype", "layout", "groups", "act", "eps", "count", "threads", "timer", "direction", "method", "status",
     "median_us", "q20_us", "q80_us", "min_bytes", "gb_s", "of_copy", "x_clone", "vs_eager",
 )  # fmt: skip
+TIMED = ("ok", "inaccurate")
 Row = dict[str, object]
 T = TypeVar("T")
 
@@ -48,34 +51,36 @@ def measure(case: Case, plan: Plan) -> list[Row]:
 
 
 def _measure(case: Case, plan: Plan) -> list[Row]:
-    norm = NORMS[case.norm]
-    inputs = {name: value.requires_grad_() for name, value in norm.inputs(case, plan.device).items()}
+    inputs = {name: value.requires_grad_() for name, value in inputs_of(case, plan.device).items()}
     x = inputs["x"].detach()
     dy = gate.upstream(case, inputs)
     exact = gate.truth(case, inputs, dy, second="penalty" in directions(case))
     ready = []
     for threads in plan.threads or (None,):
         _use(threads)
-        methods = {"ours": norm.ours(case), "eager": norm.eager(case)}
+        calls = methods(case)
+        most = threads == max(plan.threads, default=None)
+        if not most:
+            calls.pop("manual", None)  # slow, and of interest with all cores only
         chosen = plan.compile == "all" or (plan.compile == "some" and case.name in COMPILED)
-        if chosen and threads == max(plan.threads, default=None):
-            methods["compile"] = compiled(case)
-        ready.append((threads, methods, {name: _status(case, call, inputs, dy, exact) for name, call in methods.items()}))
+        if chosen and most:
+            calls["compile"] = compiled(case)
+        ready.append((threads, calls, {name: _status(name, case, call, inputs, dy, exact) for name, call in calls.items()}))
     del exact  # several times the size of x
     target = torch.empty_like(x)
     context = {"clone": lambda: x.clone(), "copy_": lambda: target.copy_(x)}
     clocks = timers("cpu" if case is HOST else plan.device)
     rows = []
-    for threads, methods, status in ready:
+    for threads, calls, status in ready:
         _use(threads)
         for direction in directions(case):
             grad, make = DIRECTIONS[direction]
             with nullcontext() if grad else torch.no_grad():
                 for timer in clocks:
-                    runs = {name: make(call, list(inputs.values()), dy) for name, call in methods.items() if status[name] == "ok"} | context
+                    runs = {name: make(call, list(inputs.values()), dy) for name, call in calls.items() if status[name].startswith(TIMED)} | context
                     prepared = {name: _attempt(timer.sampler, run) for name, run in runs.items()}
                     times = interleave({name: sampler for name, sampler in prepared.items() if not isinstance(sampler, str)}, plan.budget)
-                    for name in (*methods, *context):
+                    for name in (*calls, *context):
                         prevented = prepared.get(name)
                         state = prevented if isinstance(prevented, str) else status.get(name, "ok")
                         row = _row(case, threads or "", timer.name, direction, name, state)
@@ -90,9 +95,8 @@ def _use(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _status(*arguments) -> str:
-    faults = _attempt(gate.wrong, *arguments)
-    return f"WRONG: {faults}" if faults and not faults.startswith("error") else faults or "ok"
+def _status(method: str, *arguments) -> str:
+    return _attempt(gate.verdict, *arguments, method != "ours")
 
 
 def _attempt(function: Callable[..., T], *arguments) -> T | str:
@@ -109,7 +113,7 @@ def _attempt(function: Callable[..., T], *arguments) -> T | str:
 def _row(case: Case, threads: object, timer: str, direction: str, method: str, status: str) -> Row:
     return {
         "op": case.norm, "name": case.name, "shape": "x".join(map(str, case.shape)), "dtype": case.dtype, "layout": case.layout,
-        "groups": case.groups, "act": case.act, "eps": case.eps, "count": case.count,
+        "groups": case.groups or "", "act": case.act, "eps": case.eps, "count": case.count,
         "threads": threads, "timer": timer, "direction": direction, "method": method, "status": status,
     }  # fmt: skip
 
@@ -132,12 +136,12 @@ def _numbers(case: Case, direction: str, times: dict[str, Times], name: str) -> 
     return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in numbers.items()}
 
 
-def write(path: Path, facts: dict[str, str], batches: Iterable[list[Row]]) -> None:
+def write(path: Path, facts: dict[str, str], batches: Iterable[list[Row]], fields: Iterable[str] = FIELDS) -> None:
     """Write `facts` as comments and the rows below them, batch by batch, so that a run that is cut off leaves what it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
-        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        table = csv.DictWriter(file, fields, lineterminator="\n")
         table.writeheader()
         for rows in batches:
             table.writerows(rows)

@@ -1,7 +1,7 @@
 """The cases: norm calls of real models from ``shapes.json``, scaled down where a CPU runs them, in both layouts.
 
-A row of ``shapes.json`` is one call as its model makes it: tag (model), norm, shape, dtype, layout, groups, act, eps, count (calls per
-forward pass of the model) and src (where the row comes from).
+A row of ``shapes.json`` is one call as its model makes it: tag (model), norm, shape, dtype, layout, act, eps, count (calls per forward pass of
+the model), src (where the row comes from), and where they matter groups, residual, affine.
 """
 
 import json
@@ -26,10 +26,37 @@ REPRESENTATIVE = (
     "bit_r50_b2/2x2048x7x7/relu",
     "rwkv6_lnx/32768x2048/none",
     "wav2vec2_gn/8x512x3199/gelu",
+    "nnunet3d_b2/2x128x32x32x32/leaky_relu",
+    "nnunet3d_resenc_b2/2x128x32x32x32/leaky_relu",
+    "cyclegan_gen_b1/1x256x64x64/relu",
+    "adain_b8/8x512x64x64/none",
+    "vit_b16_b128/25216x768/none",
+    "convnext_t_b128/128x192x28x28/none",
+    "llm_rms/8192x4096/none",
+    "qk_norm/262144x128/none",
+    "kb1_36/112x64x512x512/none",
+    "bert_base_b32/16384x768/none",
+    "llm_fused_add_rms/8192x4096/none",
 )
-LARGE = ("sdxl_unet/2x320x128x128/silu", "kb1_35/112x64x512x512/none")  # on a CPU measured once more, out of its caches
-# torch.compile takes seconds a case, so it gets these only
-COMPILED = ("sd15_unet/2x320x64x64/silu", "sd15_unet/2x640x32x32/none", "bit_r50_b2/2x256x56x56/relu")
+LARGE = (  # on a CPU measured once more, out of its caches
+    "sdxl_unet/2x320x128x128/silu",
+    "kb1_35/112x64x512x512/none",
+    "nnunet3d_b2/2x32x128x128x128/leaky_relu",
+    "liger_ln/4096x4096/none",
+    "llm_rms/8192x4096/none",
+    "kb1_36/112x64x512x512/none",
+    "llm_fused_add_rms/8192x4096/none",
+)
+COMPILED = (  # torch.compile takes seconds a case, so it gets these only
+    "sd15_unet/2x320x64x64/silu",
+    "sd15_unet/2x640x32x32/none",
+    "bit_r50_b2/2x256x56x56/relu",
+    "nnunet3d_b2/2x128x32x32x32/leaky_relu",
+    "vit_b16_b128/25216x768/none",
+    "convnext_t_b128/128x192x28x28/none",
+    "llm_rms/8192x4096/none",
+    "llm_fused_add_rms/8192x4096/none",
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +67,14 @@ class Case:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    layout: str  # NCHW: channels before the positions in memory; NHWC: after them; NC: there are no positions
-    groups: int
+    layout: str  # NCHW: channels before the positions in memory; NHWC: after them; NC: there are no positions; row: (rows, normalized elements)
     act: str
     eps: float
     count: int
     src: str
+    groups: int = 0
     residual: bool = False
+    affine: bool = True
 
     @property
     def numel(self) -> int:
@@ -91,13 +119,20 @@ def scale(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     return (batch, channels, *spatial)
 
 
-def rule(device: str, quick: bool) -> str:
+def names(norm: str, chosen: Iterable[str]) -> list[str]:
+    """Those of the names `chosen` that are calls of `norm`."""
+    known = {case.name for case in load(norm)}
+    return [name for name in chosen if name in known]
+
+
+def rule(norm: str, device: str, quick: bool) -> str:
     """One sentence on how `grid` derives what is measured from ``shapes.json``."""
     if device != "cpu":
         return "shapes and dtypes as in the models; rank 4 and 5 in both layouts"
     text = f"batch <= 2, longest spatial size halved (batch, without any) until x <= {(QUICK_LIMIT if quick else LIMIT) // MIB} MiB as float32"
-    large = "" if quick else f"; {', '.join(LARGE)} also with x <= {LARGE_LIMIT // MIB} MiB"
-    return f"{text}{large}; as {' and '.join(CPU_DTYPES)}; rank 4 and 5 in both layouts"
+    large = ", ".join(names(norm, LARGE))
+    also = f"; {large} also with x <= {LARGE_LIMIT // MIB} MiB" if large and not quick else ""
+    return f"{text}{also}; as {' and '.join(CPU_DTYPES)}; rank 4 and 5 in both layouts"
 
 
 def grid(norm: str, device: str, pattern: str | None = None, quick: bool = False) -> list[Case]:
@@ -124,5 +159,5 @@ def _unique(cases: Iterable[Case]) -> list[Case]:
     """Cases that take the same time are one case, under the name of the first."""
     found: dict[tuple, Case] = {}
     for case in cases:
-        found.setdefault((case.shape, case.dtype, case.layout, case.groups, case.act, case.residual), case)
+        found.setdefault((case.shape, case.dtype, case.layout, case.groups, case.act, case.residual, case.affine), case)
     return list(found.values())

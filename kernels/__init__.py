@@ -1,6 +1,7 @@
 """Triton kernels for normalization on CUDA. This package knows torch, triton and itself, nothing of normops.
 
-Offered: `unavailable()`, and once that returns None, `group_norm.group_norm_fwd` and `group_norm.group_norm_bwd`.
+Offered: `unavailable()`, and once that returns None, `group_norm.group_norm_fwd` and `group_norm.group_norm_bwd` (a statistic for all
+positions of a group), `row_norm.row_norm_fwd` and `row_norm.row_norm_bwd` (a statistic for each position of a group).
 Nothing is imported before it is asked for, so that this package imports where Triton is not installed.
 """
 

@@ -1,8 +1,8 @@
 """The pieces that every kernel of the family shares: where a tile lies, and its moments.
 
 Memory: element (n, c, s) of x lies at n C S + c stride_c + s stride_s, with (stride_c, stride_s) = (S, 1) channels first
-and (1, C) channels last. A tile is [ROWS, BLOCK_C, BLOCK_S] lanes: rows (groups), channels, positions; or, of one row,
-[OUTER, BLOCK_C, BLOCK_S] with OUTER * BLOCK_S positions.
+and (1, C) channels last. A tile of a group norm is [ROWS, BLOCK_C, BLOCK_S] lanes: rows (groups), channels, positions; or, of
+one row, [OUTER, BLOCK_C, BLOCK_S] with OUTER * BLOCK_S positions. Tiles of row norms are described in rows.py.
 
 Vectors: a load is V elements wide if Triton can prove that V divides offsets and masks. So the host passes the length of
 the contiguous axis divided by V and the kernel multiplies it back (`whole`). An odd S cannot be divided: with SIDE = True
@@ -14,6 +14,7 @@ Moments of the n values that share a statistic, centred twice:
 x - hi is exact near the mean, and lo holds what rounding took from hi, so nothing cancels however far x is from zero, and
 constant x gives x - hi = 0 exactly. |x| up to 1e38: where the fp32 sum of squares overflows it is taken again over
 d HUGE, HUGE = 2^-100. Partials keep root_M2 = sqrt(M2), which fits.
+RMS (CENTERED = False) is the same with hi = lo = 0; of its statistics only rstd is kept.
 """
 
 import triton
@@ -68,6 +69,25 @@ def load_affine(ptr, offset, mask, NEUTRAL: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_stats(ptr, row, rows, mask, CENTERED: tl.constexpr):
+    """hi, lo, rstd of the rows `row` of all `rows`."""
+    ACC: tl.constexpr = ptr.dtype.element_ty
+    if CENTERED:
+        return load(ptr, row, mask, ACC), load(ptr + rows, row, mask, ACC), load(ptr + rows + rows, row, mask, ACC)
+    else:
+        return tl.zeros((), ACC), tl.zeros((), ACC), load(ptr, row, mask, ACC)
+
+
+@triton.jit
+def store_stats(ptr, row, rows, hi, lo, rstd, mask, CENTERED: tl.constexpr):
+    if CENTERED:
+        tl.store(ptr + row, hi, mask)
+        tl.store(ptr + rows + row, lo, mask)
+        ptr = ptr + rows + rows
+    tl.store(ptr + row, rstd, mask)
+
+
+@triton.jit
 def total(x, OVER_CHANNELS: tl.constexpr, OUTER: tl.constexpr):
     """Sum over positions, and over channels too if asked."""
     if OVER_CHANNELS:
@@ -84,21 +104,29 @@ def total(x, OVER_CHANNELS: tl.constexpr, OUTER: tl.constexpr):
 
 
 @triton.jit
-def moments(x, mask, x_side, mask_side, some, count, OVER_CHANNELS: tl.constexpr, SIDE: tl.constexpr, OUTER: tl.constexpr):
+def moments(
+    x, mask, x_side, mask_side, some, count,
+    CENTERED: tl.constexpr, OVER_CHANNELS: tl.constexpr, SIDE: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
     """d, d of the side, hi, lo, M2, scale, with M2 = scale^2 sum (x - mean)^2. `some` is any one of the values."""
-    shift = total(tl.where(mask, x - some, 0.0), OVER_CHANNELS, OUTER)
-    if SIDE:
-        shift += total(tl.where(mask_side, x_side - some, 0.0), OVER_CHANNELS, 1)
-    hi = some + shift / count
+    hi = some
+    if CENTERED:
+        shift = total(tl.where(mask, x - some, 0.0), OVER_CHANNELS, OUTER)
+        if SIDE:
+            shift += total(tl.where(mask_side, x_side - some, 0.0), OVER_CHANNELS, 1)
+        hi = some + shift / count
     d = tl.where(mask, x - hi, 0.0)
-    sum_d = total(d, OVER_CHANNELS, OUTER)
     sum_dd = total(d * d, OVER_CHANNELS, OUTER)
     d_side = d
     if SIDE:
         d_side = tl.where(mask_side, x_side - hi, 0.0)
-        sum_d += total(d_side, OVER_CHANNELS, 1)
         sum_dd += total(d_side * d_side, OVER_CHANNELS, 1)
-    lo = sum_d / count
+    lo = tl.zeros((), sum_dd.dtype)
+    if CENTERED:
+        sum_d = total(d, OVER_CHANNELS, OUTER)
+        if SIDE:
+            sum_d += total(d_side, OVER_CHANNELS, 1)
+        lo = sum_d / count
     scale = tl.full(sum_dd.shape, 1.0, sum_dd.dtype)
     if tl.max(tl.ravel(sum_dd)) == float("inf"):
         scale = tl.where(sum_dd == float("inf"), HUGE, scale)
@@ -118,49 +146,56 @@ def inverse_std(M2, scale, count, eps):
 
 
 @triton.jit
-def merge_moments(partials_ptr, start, stride_k, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Moments of one group from its T * D partials (hi, lo, root_M2 of CHUNK positions of one channel), Chan's rule.
+def merge_moments(partials_ptr, start, live, stride_k, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Moments of the groups at `start` [1, GROUPS], each from T * D partials (hi, lo, root_M2 of CHUNK positions of one channel), Chan's rule.
 
     Everything is taken relative to the first hi: delta_i = (hi_i - hi_0) + lo_i. Two sweeps over partials that are in
     cache give mean(delta) and then sum root_M2_i^2 + n_i (delta_i - mean)^2 without cancellation. Always in the same order.
     """
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
-    count = D.to(tl.int64) * S
-    hi_0 = tl.load(partials_ptr + start)
-    mean = tl.zeros((), ACC)
+    count = (D.to(tl.int64) * S).to(ACC)
+    hi_0 = load(partials_ptr, start, live, ACC)
+    mean = tl.zeros_like(hi_0)
     for p in range(0, T * D, BLOCK_P):
-        offset, mask, n = partial(p, start, T, C, D, S, CHUNK, BLOCK_P, ACC)
-        hi = tl.load(partials_ptr + offset, mask=mask, other=0.0)
-        lo = tl.load(partials_ptr + stride_k + offset, mask=mask, other=0.0)
-        mean += tl.sum(tl.where(mask, (hi - hi_0) + lo, 0.0) * (n / count.to(ACC)), axis=0)
-    scale = tl.full((), 1.0, ACC)
-    M2 = spread(partials_ptr, start, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
-    if M2 == float("inf"):
-        scale = scale * HUGE
-        M2 = spread(partials_ptr, start, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
-    total_hi = hi_0 + mean
-    part = total_hi - hi_0  # two-sum: lo is exactly what the rounding of hi lost
-    total_lo = (hi_0 - (total_hi - part)) + (mean - part)
-    return total_hi, total_lo, M2, scale, count.to(ACC)
+        offset, mask, n = partial(p, start, live, T, C, D, S, CHUNK, BLOCK_P, ACC)
+        hi = load(partials_ptr, offset, mask, ACC)
+        lo = load(partials_ptr + stride_k, offset, mask, ACC)
+        mean += tl.sum(tl.where(mask, (hi - hi_0) + lo, 0.0) * (n / count), axis=0, keep_dims=True)
+    scale = tl.full(hi_0.shape, 1.0, ACC)
+    M2 = spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
+    if tl.max(tl.ravel(M2)) == float("inf"):
+        scale = tl.where(M2 == float("inf"), HUGE, scale)
+        M2 = spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
+    hi, lo = two_sum(hi_0, mean)
+    return hi, lo, M2, scale, count
 
 
 @triton.jit
-def partial(p, start, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
-    """Offset, mask and count of the partials p .. p + BLOCK_P of a group; chunk-major, as they lie in memory."""
-    i = p + tl.arange(0, BLOCK_P)
+def two_sum(x, y):
+    """x + y = hi + lo: lo is exactly what the rounding of hi lost."""
+    hi = x + y
+    part = hi - x
+    return hi, (x - (hi - part)) + (y - part)
+
+
+@triton.jit
+def partial(p, start, live, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
+    """Offset, mask and count of the partials p .. p + BLOCK_P of each group; chunk-major, as they lie in memory."""
+    i = p + tl.arange(0, BLOCK_P)[:, None]
     t = i // D
-    return start + (t.to(tl.int64) * C + i % D), i < T * D, tl.minimum(S - t * CHUNK, CHUNK).to(ACC)
+    last = (S - (T - 1).to(tl.int64) * CHUNK).to(ACC)
+    return start + (t.to(tl.int64) * C + i % D), (i < T * D) & live, tl.where(t < T - 1, CHUNK, last)
 
 
 @triton.jit
-def spread(partials_ptr, start, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
+def spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
-    M2 = tl.zeros((), ACC)
+    M2 = tl.zeros_like(hi_0)
     for p in range(0, T * D, BLOCK_P):
-        offset, mask, n = partial(p, start, T, C, D, S, CHUNK, BLOCK_P, ACC)
-        hi = tl.load(partials_ptr + offset, mask=mask, other=0.0)
-        lo = tl.load(partials_ptr + stride_k + offset, mask=mask, other=0.0)
-        root_M2 = tl.load(partials_ptr + 2 * stride_k + offset, mask=mask, other=0.0) * scale
+        offset, mask, n = partial(p, start, live, T, C, D, S, CHUNK, BLOCK_P, ACC)
+        hi = load(partials_ptr, offset, mask, ACC)
+        lo = load(partials_ptr + stride_k, offset, mask, ACC)
+        root_M2 = load(partials_ptr + 2 * stride_k, offset, mask, ACC) * scale
         e = (((hi - hi_0) + lo) - mean) * scale
-        M2 += tl.sum(tl.where(mask, root_M2 * root_M2 + n * (e * e), 0.0), axis=0)
+        M2 += tl.sum(tl.where(mask, root_M2 * root_M2 + n * (e * e), 0.0), axis=0, keep_dims=True)
     return M2

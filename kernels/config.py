@@ -3,11 +3,12 @@
 Sizes as in the kernels: N samples, C = G D channels, S positions. A group is D S elements, backward holds it twice (x and dy).
     held   a program holds whole groups: 2 memory passes forward, 3 backward
     split  tiles of all groups, statistics through memory: the second reading comes from cache where everything fits it
+    long   (rows forward) a program loops over its rows twice: the second reading comes from cache as long as the rows at work fit it
 Nothing here was measured yet: the reasons are occupancy and register counts of compiled kernels.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,6 +38,18 @@ class Config:
     SLOTS: int = 0  # held backward: samples whose sums are kept apart, the others are added to them
     FOLD: bool = False  # split forward: apply merges the partials itself
     LARGE: bool = False  # split: not everything fits the cache
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    regime: str
+    V: int  # elements in one vector access: along the channels, or along the positions if those are contiguous
+    ROWS: int
+    GROUPS: int  # held only
+    BLOCK: int  # channels
+    num_warps: int
+    P: int = 0  # backward: programs that share the rows of a segment
+    STAGES: int = 1  # backward: tiles on their way while one is worked on, and that one
 
 
 @functools.lru_cache
@@ -70,17 +83,19 @@ def vector(length, itemsize):
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(N, C, S, G, itemsize, channels_last, backward, device=Device()):
-    """The Config for one call. Cooperative regimes (a group over several programs that meet at a barrier) will be chosen here."""
+def choose(N, C, S, G, itemsize, channels_last, backward, device=Device(), frozen=False):
+    """The Config for one group norm; `frozen`: its statistics are given.
+
+    Cooperative regimes (a group over several programs that meet at a barrier) will be chosen here.
+    """
     D = C // G
-    channels_last = channels_last or S == 1
     V, SIDE = vector(D if channels_last else S, itemsize), False
     # Under 8 bytes an access, long rows are worth an aligned interior with a head and a tail.
     if not channels_last and V * itemsize < 8 and S >= 256:
         V, SIDE = 16 // itemsize, True
-    held = _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE)
+    held = None if frozen else _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE)
     # Channels last, a held group is D contiguous elements here and there: under a 32-byte sector, only where it all is in cache.
-    pieces_ok = not channels_last or S == 1 or D * itemsize >= 32 or N * C * S * itemsize <= 1 << 20
+    pieces_ok = not channels_last or D * itemsize >= 32 or N * C * S * itemsize <= 1 << 20
     if held and pieces_ok and C * S < 1 << 31:
         return held
     if channels_last:
@@ -104,8 +119,8 @@ def _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE):
     few = divide(groups, ROWS) < 2 * device.processors
     per_thread = 8 if V == 1 else 16 if BLOCK_S < 8 or few or V * itemsize < 8 or itemsize == 8 else 32
     num_warps = min(16, max(1, ROWS * tile // (32 * per_thread)))
-    # Sums cost 16 bytes a channel and sample: more than x itself beside a single position, and somebody has to add them up. So walk
-    # over samples, as far as 8 programs a processor remain.
+    # Sums cost 16 bytes a channel and sample: more than x itself beside few positions, and somebody has to add them up. So walk over
+    # samples, as far as 8 programs a processor remain.
     SLOTS = min(N, divide(8 * device.processors * ROWS, G))
     OUTER, BLOCK_S = _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
     return Config("held", V, SIDE, ROWS, OUTER, BLOCK_C, BLOCK_S, num_warps, SLOTS=SLOTS)
@@ -123,6 +138,7 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
         BLOCK_C = _best(C, 64 // itemsize, 512 // itemsize, 1.25)
         BLOCK_S = min(elements // BLOCK_C, power_above(S))
         BLOCK_C = min(elements // BLOCK_S, power_above(C))
+        V = min(V, max(1, BLOCK_C // 8))  # 8 threads along few channels: more would be left along the positions, to be shuffled together
     else:
         BLOCK_S = _best(S, 64, elements, 1.1)
         BLOCK_C = min(elements // BLOCK_S, power_above(C))
@@ -137,6 +153,77 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
         raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
     OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
     return Config("split", V, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, num_warps, FOLD=FOLD, LARGE=LARGE)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_rows(N, C, S, G, itemsize, segments, backward, parameters, device=Device()):
+    """The RowConfig for one layer, RMS or single-position group norm; `segments` sets of samples have a weight and a bias of their own."""
+    D, across = C // G, S > 1
+    if C * (S if across else 1) >= 1 << 31:
+        raise NotImplementedError("row_norm: a row of the Triton kernels spans more than 2^31 elements of this shape")
+    V = min(vector(S, itemsize), 4) if across else vector(D, itemsize)  # eight positions a thread take twice the shuffles of four
+    planes, L = (N // segments, S) if across else (1, N // segments)
+    config = (_across if across else _along)(D, G, L, segments * planes, itemsize, V, backward, parameters, device)
+    if not backward:
+        return config
+    # 16 warps of about 128 registers fill a processor. All programs of a segment walk over about as many chunks.
+    chunks = planes * divide(L, config.ROWS)
+    columns = divide(G, config.GROUPS) * divide(D, config.BLOCK)
+    P = min(chunks, max(1, device.processors * (16 // config.num_warps) // (segments * columns)))
+    return replace(config, P=divide(chunks, divide(chunks, P)))
+
+
+def _along(D, G, L, planes, itemsize, V, backward, parameters, device):
+    """Rows whose channels are contiguous."""
+    BLOCK = power_above(D)
+    rows = planes * L * G
+    # 16 warps of 32 elements a thread: more would spill. Backward holds x and dy, and sums for dweight and dbias.
+    most = 16384 // ((2 if parameters else 1) if backward else 1) // (2 if itemsize == 8 else 1)
+    if BLOCK > most:
+        if backward:
+            return RowConfig("split", V, 1, 1, 4096, 8 if itemsize < 8 else 16)
+        # Fewer rows than half the processors would leave half the device idle: blocks of a row go to programs of their own, where that
+        # saves more than the two launches it costs.
+        if rows * 2 < device.processors and D * itemsize >= 256 << 10:
+            return RowConfig("split", V, 1, 1, 8192, 8 if itemsize < 8 else 16)
+        # 32 warps of 64 registers fill a processor: as few rows at work, with as many warps, as it takes for them to stay in the cache.
+        num_warps = 8
+        while num_warps < 32 and D * itemsize * device.processors * (32 // num_warps) > device.cache_budget:
+            num_warps *= 2
+        return RowConfig("long", V, 1, 1, min(1024 * num_warps, 16384) // (2 if itemsize == 8 else 1), num_warps)
+    per_thread = 8 if backward and itemsize == 8 else 16 if backward or itemsize == 8 else 32
+    if rows <= 2 * device.processors:
+        per_thread = 8  # more warps for each of few rows
+    # Up to 256 channels 4 warps share 16 to 64 rows, weight and bias among them; longer rows have warps of their own, which do not wait.
+    num_warps = 4 if BLOCK <= 256 else max(1, min(16, BLOCK // (32 * per_thread)))
+    tile = max(1, num_warps * 32 * per_thread // BLOCK)
+    while tile > 1 and rows < tile * 4 * device.processors:
+        tile //= 2
+    # Neighbouring groups until 128 bytes lie together, the rest rows, which share what is loaded for them.
+    GROUPS = min(tile, power_above(G), power_above(divide(128, D * itemsize)))
+    ROWS = min(tile // GROUPS, power_above(L), power_below(max(1, (1 << 30) // (G * D))))  # offsets in a tile are int32
+    GROUPS = min(tile // ROWS, power_above(G))
+    num_warps = max(1, min(num_warps, ROWS * GROUPS * BLOCK // (32 * 8)))
+    # Several rows in a tile would come through shared memory in a layout that needs ten times the shuffles.
+    return RowConfig("held", V, ROWS, GROUPS, BLOCK, num_warps, STAGES=2 if backward and ROWS * GROUPS == 1 else 1)
+
+
+def _across(D, G, L, planes, itemsize, V, backward, parameters, device):
+    """Rows whose neighbours are contiguous."""
+    BLOCK = power_above(D)
+    # 16 warps of 32 elements a thread, backward 16.
+    most = (8192 if backward else 16384) // (2 if itemsize == 8 else 1)
+    # Memory wants 64 contiguous bytes. Backward, a sector of 32 costs less than reading x and dy twice.
+    least = (32 if backward else 64) // itemsize
+    if BLOCK * min(least, power_above(L)) > most:
+        ROWS = min(128 // itemsize, power_above(L))
+        BLOCK = min(BLOCK, 4096 // ROWS)
+        return RowConfig("split" if backward else "long", V, ROWS, 1, BLOCK, max(1, ROWS * BLOCK // 512))
+    ROWS = max(least, min(most // 2 // BLOCK, 256 // itemsize))
+    while ROWS > least and planes * divide(L, ROWS) < 4 * device.processors:
+        ROWS //= 2
+    ROWS = min(ROWS, power_above(L))
+    return RowConfig("held", V, ROWS, 1, BLOCK, max(1, min(16, ROWS * BLOCK // (32 * (16 if backward else 32)))))
 
 
 def _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last):

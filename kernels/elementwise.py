@@ -63,9 +63,15 @@ def backward_of(
 
 
 @triton.jit
-def store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY: tl.constexpr):
+def store_gradients(x_hat, dt, g, offset, mask, dtotal_ptr, dx_ptr, dresidual_ptr, factor, c2, c3, POLICY: tl.constexpr):
+    """dx = factor g + c2 x_hat + c3, where factor g = rstd weight dt. c2 = None: the statistics do not depend on x, so dx not on x_hat."""
     if dx_ptr is not None:
-        dx = fma(rstd * weight, dt, fma(c2, x_hat, c3))
+        if c2 is None:
+            dx = factor * g
+        else:
+            dx = fma(factor, g, fma(c2, x_hat, c3))
+        if dtotal_ptr is not None:
+            dx += load(dtotal_ptr, offset, mask, dx.dtype, POLICY)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask, eviction_policy=POLICY)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + offset, dt.to(dresidual_ptr.dtype.element_ty), mask=mask, eviction_policy=POLICY)

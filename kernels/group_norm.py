@@ -1,8 +1,11 @@
 """Group norm on CUDA: choose a configuration, allocate the workspaces, launch."""
 
+import math
+
 import torch
 
 from .config import choose, device_of, divide, power_above
+from .fold import fold, shorten
 from .held import _group_norm_bwd_held_kernel, _group_norm_fwd_held_kernel
 from .launch import INTERPRET, launch
 from .split import (
@@ -11,136 +14,161 @@ from .split import (
     _fold_moments_kernel,
     _fold_sums_kernel,
     _moments_kernel,
-    _parameter_gradient_kernel,
     _sums_kernel,
 )
 
 
-def group_norm_fwd(y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope):
-    """Write y = act(t) and, unless None, stats = (hi, lo, rstd)."""
-    config = _configuration(x, num_groups, channels_last, False)
-    forward(config, y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope)
+def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channels_last, frozen, eps, activation, negative_slope):
+    """Write y = act(t) and stats = (hi, lo, rstd), each unless None. frozen: stats are given, (3, 1, G) or (3, N, G)."""
+    N, channels_last = _join(stats, x, weight, bias, N, C, channels_last, frozen)
+    config = _configuration(x, N, C, num_groups, channels_last, False, frozen)
+    forward(config, y, stats, x, weight, bias, residual, N, C, num_groups, channels_last, frozen, eps, activation, negative_slope)
 
 
-def group_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope):
+def group_norm_bwd(
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen, activation,
+    negative_slope,
+):  # fmt: skip
     """Write those of dx, dweight, dbias, dresidual that are not None."""
-    config = _configuration(x, num_groups, channels_last, True)
+    N, channels_last = _join(stats, x, weight, bias, N, C, channels_last, frozen)
+    config = _configuration(x, N, C, num_groups, channels_last, True, frozen)
     backward(
-        config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation,
-        negative_slope,
+        config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen,
+        activation, negative_slope,
     )  # fmt: skip
 
 
-def forward(config, y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope):
-    N, C, S, D, c_arg, d_arg, s_arg, last = _arguments(config, x, num_groups, channels_last)
-    w_rows, b_rows = _rows(weight), _rows(bias)
+def forward(config, y, stats, x, weight, bias, residual, N, C, num_groups, channels_last, frozen, eps, activation, negative_slope):
+    S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
+    w_rows, b_rows = _rows(weight, C), _rows(bias, C)
     if config.regime == "held":
         launch(
             _group_norm_fwd_held_kernel, divide(N * num_groups, config.ROWS), config.num_warps,
             x, weight, bias, residual, y, stats,
             w_rows, b_rows, N, num_groups, d_arg, s_arg, eps, negative_slope,
-            activation, last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
+            activation, channels_last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
         )  # fmt: skip
         return
-    tiling = (last, config.V, config.SIDE, config.LARGE, config.OUTER, config.BLOCK_C, config.BLOCK_S)
-    T = divide(S, config.OUTER * config.BLOCK_S)
-    programs = N * T * divide(C, config.BLOCK_C)
+    tiling, T, programs = _tiling(config, N, C, S, channels_last)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partials = torch.empty((3, N, T, C), dtype=accumulate, device=x.device)
-    launch(_moments_kernel, programs, config.num_warps, x, partials, N, c_arg, s_arg, T, *tiling)
-    if not config.FOLD:
-        if stats is None:
-            stats = torch.empty((3, N, num_groups), dtype=accumulate, device=x.device)
-        block = min(4096, power_above(T * D))
-        launch(_fold_moments_kernel, N * num_groups, max(1, block // 512), partials, stats, N, C, D, S, T, eps, config.OUTER * config.BLOCK_S, block)
+    merge = config.FOLD and y is not None and not frozen
+    partials = None
+    if not frozen:
+        partials = torch.empty((3, N, T, C), dtype=accumulate, device=x.device)
+        launch(_moments_kernel, programs, config.num_warps, x, partials, N, c_arg, s_arg, T, *tiling)
+        if not merge:
+            if stats is None:
+                stats = torch.empty((3, N, num_groups), dtype=accumulate, device=x.device)
+            fold_moments(partials, stats, D, S, config.OUTER * config.BLOCK_S, eps)
+    if y is not None:
+        launch(
+            _apply_kernel, programs, config.num_warps, x, partials, weight, bias, residual, y, stats,
+            w_rows, b_rows, N if stats is None else stats.shape[1], N, c_arg, D, s_arg, T, eps, negative_slope,
+            activation, *tiling, merge, power_above(T * D) if merge else 1,
+        )  # fmt: skip
+
+
+def fold_moments(partials, stats, D, S, chunk, eps):
+    """stats (3, N, G), or (1, N, G) of RMS, from partials (3, N, T, C) of `chunk` positions each."""
+    _, N, T, C = partials.shape
+    if T > 512:  # one program alone would take long over so many: merge channel by channel first
+        length = power_above(math.isqrt(T))
+        fewer = partials.new_empty((3, N, divide(T, length), C))
+        channels = min(32, power_above(C))
+        block = min(4096 // channels, length)
+        launch(
+            _fold_moments_kernel, N * fewer.shape[2] * divide(C, channels), max(1, block * channels // 256), partials, fewer,
+            N, C, 1, S, T, length, eps, chunk, block, channels, False, True,
+        )  # fmt: skip
+        partials, chunk, T = fewer, chunk * length, fewer.shape[2]
+    groups = min(max(1, 8 // power_above(D)), power_above(C // D))  # 32 bytes of neighbouring channels are one sector
+    block = min(4096 // groups, power_above(T * D))
     launch(
-        _apply_kernel, programs, config.num_warps, x, partials, weight, bias, residual, y, stats,
-        w_rows, b_rows, N, c_arg, D, s_arg, T, eps, negative_slope, activation, *tiling, config.FOLD, power_above(T * D) if config.FOLD else 1,
+        _fold_moments_kernel, N * divide(C // D, groups), max(1, block * groups // 256), partials, stats,
+        N, C, D, S, T, T, eps, chunk, block, groups, True, stats.shape[0] == 3,
     )  # fmt: skip
 
 
 def backward(
-    config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation,
-    negative_slope,
+    config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen,
+    activation, negative_slope,
 ):  # fmt: skip
-    N, C, S, D, c_arg, d_arg, s_arg, last = _arguments(config, x, num_groups, channels_last)
-    w_rows, b_rows = _rows(weight), _rows(bias)
+    S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
+    w_rows, b_rows = _rows(weight, C), _rows(bias, C)
     parameters = dweight is not None or dbias is not None
-    sums = None
     if config.regime == "held":
         slots = N if w_rows or b_rows else config.SLOTS
-        if parameters:
-            sums = torch.empty((2, slots, C), dtype=stats.dtype, device=x.device)
+        sums = stats.new_empty((2, slots, C)) if parameters else None
         launch(
             _group_norm_bwd_held_kernel, divide(slots * num_groups, config.ROWS), config.num_warps,
             dy, x, stats, weight, bias, residual, dx, dresidual, sums,
             w_rows, b_rows, N, slots, num_groups, d_arg, s_arg, negative_slope,
-            activation, last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
+            activation, channels_last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
         )  # fmt: skip
     else:
-        slots = N
-        tiling = (last, config.V, config.SIDE, config.LARGE, config.OUTER, config.BLOCK_C, config.BLOCK_S)
-        T = divide(S, config.OUTER * config.BLOCK_S)
-        programs = N * T * divide(C, config.BLOCK_C)
-        sums = torch.empty((2, N, C), dtype=stats.dtype, device=x.device)
-        partials = torch.empty((2, N, T, C), dtype=stats.dtype, device=x.device)
-        coefficients = torch.empty((2, N, num_groups), dtype=stats.dtype, device=x.device)
+        tiling, T, programs = _tiling(config, N, C, S, channels_last)
+        sums = stats.new_empty((2, N * T, C)) if parameters or not frozen else None
         launch(
-            _sums_kernel, programs, config.num_warps, dy, x, stats, weight, bias, residual, partials,
-            w_rows, b_rows, N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
+            _sums_kernel, programs, config.num_warps, dy, x, stats, weight, bias, residual, sums,
+            dx if frozen else None, dresidual if frozen else None,
+            w_rows, b_rows, stats.shape[1], N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
         )  # fmt: skip
-        block_c = min(64, power_above(D))
-        block_t = min(2048 // block_c, power_above(T))
-        launch(
-            _fold_sums_kernel, N * num_groups, max(1, block_c * block_t // 512), partials, stats, weight, sums, coefficients,
-            w_rows, N, C, D, S, T, block_t, block_c,
-        )  # fmt: skip
-        if dx is not None or dresidual is not None:
-            launch(
-                _apply_backward_kernel, programs, config.num_warps, dy, x, stats, coefficients, weight, bias, residual, dx, dresidual,
-                w_rows, b_rows, N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
-            )  # fmt: skip
+        if not frozen:
+            partials = shorten(sums, N)
+            sums, coefficients = stats.new_empty((2, N, C)), stats.new_empty((2, N, num_groups))
+            _fold_sums(partials, stats, weight, sums, coefficients, w_rows, D, S)
+            if dx is not None or dresidual is not None:
+                launch(
+                    _apply_backward_kernel, programs, config.num_warps, dy, x, stats, coefficients, weight, bias, residual, dx, dresidual,
+                    w_rows, b_rows, N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
+                )  # fmt: skip
     if parameters:
-        _parameter_gradients(sums, slots, C, dweight, dbias, w_rows, b_rows)
+        fold(sums, dweight, dbias)
 
 
-def _parameter_gradients(sums, slots, C, dweight, dbias, w_rows, b_rows):
-    """dweight, dbias from sums (2, slots, C). A gradient per sample is the same sums seen as one sample of slots * C channels."""
-    if dweight is not None and dbias is not None and w_rows != b_rows:
-        _parameter_gradients(sums, slots, C, dweight, None, w_rows, b_rows)
-        dweight = None
-    if w_rows if dweight is not None else b_rows:
-        slots, C = 1, slots * C
-    # 32 columns are one line of memory: many small programs, since there is little to do and much to wait for.
-    block_n, block_c = min(64, power_above(slots)), 32
+def _fold_sums(partials, stats, weight, sums, coefficients, w_rows, D, S):
+    """sums and coefficients from partials (2, N T, C)."""
+    _, N, C = sums.shape
+    T = partials.shape[1] // N
+    block_d = min(64, power_above(D))
+    groups = min(max(1, 8 // block_d), power_above(C // D))
+    block_t = min(2048 // (block_d * groups), power_above(T))
     launch(
-        _parameter_gradient_kernel, divide(C, block_c), max(1, block_n * block_c // 512), sums, dweight, dbias, slots, C,
-        block_n, block_c,
+        _fold_sums_kernel, N * divide(C // D, groups), max(1, block_t * groups * block_d // 512), partials, stats, weight, sums, coefficients,
+        w_rows, N, C, D, S, T, block_t, groups, block_d,
     )  # fmt: skip
 
 
-def _rows(parameter):
+def _rows(parameter, C):
     """1 where each sample has its own row of the parameter, 0 where all share one: a factor of the sample's number."""
-    return int(parameter is not None and parameter.dim() == 2)
+    return int(parameter is not None and parameter.numel() > C)
 
 
-def _configuration(x, num_groups, channels_last, backward):
+def _join(stats, x, weight, bias, N, C, channels_last, frozen):
+    """N and channels_last. Samples that share given statistics and parameters are, channels last, more positions of one sample."""
+    if not frozen:
+        return N, channels_last
+    channels_last = channels_last or x.numel() == N * C
+    shared = stats.shape[1] == 1 and not _rows(weight, C) and not _rows(bias, C)
+    return 1 if channels_last and shared else N, channels_last
+
+
+def _configuration(x, N, C, num_groups, channels_last, backward, frozen):
     if not (x.is_cuda or INTERPRET):
         raise NotImplementedError(f"group_norm: Triton kernels run on CUDA tensors, not on {x.device.type}")
-    N, C, S = _sizes(x)
-    return choose(N, C, S, num_groups, x.element_size(), channels_last, backward, device_of(x.get_device()))
+    return choose(N, C, x.numel() // (N * C), num_groups, x.element_size(), channels_last, backward, device_of(x.get_device()), frozen)
 
 
-def _sizes(x):
-    N, C = x.shape[:2]
-    return N, C, x.numel() // (N * C)
+def _arguments(config, x, N, C, G, channels_last):
+    """S, D; then C, D, S as the kernels take them: the contiguous one in vectors."""
+    S, D = x.numel() // (N * C), C // G
+    if channels_last:
+        return S, D, C // config.V, D // config.V, S
+    return S, D, C, D, S if config.SIDE else S // config.V
 
 
-def _arguments(config, x, G, channels_last):
-    """Sizes, then C, D, S as the kernels take them: the contiguous one in vectors; and whether channels are contiguous."""
-    N, C, S = _sizes(x)
-    D = C // G
-    last = channels_last or S == 1
-    if last:
-        return N, C, S, D, C // config.V, D // config.V, S, last
-    return N, C, S, D, C, D, S if config.SIDE else S // config.V, last
+def _tiling(config, N, C, S, channels_last):
+    """The constants of the tiled kernels, chunks of positions, programs."""
+    T = divide(S, config.OUTER * config.BLOCK_S)
+    tiling = (channels_last, config.V, config.SIDE, config.LARGE, config.OUTER, config.BLOCK_C, config.BLOCK_S)
+    return tiling, T, N * T * divide(C, config.BLOCK_C)

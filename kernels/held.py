@@ -13,7 +13,7 @@ Backward walks over samples so that many small samples do not leave a buffer of 
 import triton
 import triton.language as tl
 
-from .algebra import inverse_std, load, load_affine, moments, place, total, whole
+from .algebra import inverse_std, load, load_affine, load_stats, moments, place, store_stats, total, whole
 from .elementwise import backward_of, forward_of, store_gradients
 
 
@@ -42,16 +42,15 @@ def _group_norm_fwd_held_kernel(
     bias = load_affine(bias_ptr, (n * bias_rows * G + g) * D + c, live, 0.0, ACC)
     some = load(x_ptr, base, r < N * G, ACC)
     count = (D * S).to(ACC)
-    d, d_side, hi, lo, M2, scale = moments(x, mask, x_side, mask_side, some, count, True, SIDE, OUTER)
+    d, d_side, hi, lo, M2, scale = moments(x, mask, x_side, mask_side, some, count, True, True, SIDE, OUTER)
     rstd = inverse_std(M2, scale, count, tl.full((), eps, ACC))
     if stats_ptr is not None:
-        tl.store(stats_ptr + r, hi, r < N * G)
-        tl.store(stats_ptr + N * G + r, lo, r < N * G)
-        tl.store(stats_ptr + N * G + N * G + r, rstd, r < N * G)
-    slope = tl.full((), slope, ACC)
-    forward_of(d, offset, mask, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
-    if SIDE:
-        forward_of(d_side, offset_side, mask_side, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
+        store_stats(stats_ptr, r, N * G, hi, lo, rstd, r < N * G, True)
+    if y_ptr is not None:
+        slope = tl.full((), slope, ACC)
+        forward_of(d, offset, mask, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
+        if SIDE:
+            forward_of(d_side, offset_side, mask_side, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
 
 
 @triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "SLOTS", "G", "D", "S"])
@@ -84,9 +83,7 @@ def _group_norm_bwd_held_kernel(
         mask, mask_side = mask & live, mask_side & live
         row = n * G + g
         row_mask = (first_r < SLOTS * G) & (n < N)
-        hi = load(stats_ptr, row, row_mask, ACC)
-        lo = load(stats_ptr + N * G, row, row_mask, ACC)
-        rstd = load(stats_ptr + N * G + N * G, row, row_mask, ACC)
+        hi, lo, rstd = load_stats(stats_ptr, row, N * G, row_mask, True)
         x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, "")
         sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
         if SIDE:
@@ -99,9 +96,9 @@ def _group_norm_bwd_held_kernel(
         all_dt_xhat += sum_dt_xhat
         c2 = -rstd / count * total(weight * sum_dt_xhat, True, OUTER)
         c3 = -rstd / count * total(weight * sum_dt, True, OUTER)
-        store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, "")
+        store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, "")
         if SIDE:
-            store_gradients(x_hat_side, dt_side, offset_side, mask_side, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, "")
+            store_gradients(x_hat_side, dt_side, dt_side, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, "")
     if sums_ptr is not None:
         offset_c = first_r.to(tl.int64) * D + c
         tl.store(sums_ptr + offset_c, all_dt_xhat, in_slot)

@@ -1,4 +1,4 @@
-"""Group norm in three steps over tiles of 16 to 32 KB, for groups that do not fit one program: moments, fold, apply.
+"""Group norm in steps over tiles of 16 to 32 KB, for groups that do not fit one program and for given statistics: moments, fold, apply.
 
 The grid is all tiles [BLOCK_C channels, BLOCK_S positions] of all samples, however few groups there are; T = ceil(S / BLOCK_S).
     forward     moments  partials (3, N, T, C) = hi, lo, root_M2 of each channel's BLOCK_S positions
@@ -8,6 +8,9 @@ The grid is all tiles [BLOCK_C channels, BLOCK_S positions] of all samples, howe
                 fold     sums (2, N, C): over t; coefficients (2, N, G) = c2, c3:
                          c2 = -rstd/(D S) sum_c weight sum_dt_xhat     c3 = -rstd/(D S) sum_c weight sum_dt
                 apply    dx = rstd weight dt + c2 x_hat + c3           dresidual = dt
+Frozen statistics, given as (3, STATS_N, G) with STATS_N = 1 or N, leave two kernels, each with one reading:
+    forward     apply
+    backward    sums     partials, and in the same pass dx = rstd weight dt, dresidual
 The second reading of a tensor runs in the reverse order of the first, so that what the cache still holds is met first.
 LARGE (it does not all fit the cache): keep what is read first, let go of what is read last and of the outputs.
 """
@@ -15,7 +18,7 @@ LARGE (it does not all fit the cache): keep what is read first, let go of what i
 import triton
 import triton.language as tl
 
-from .algebra import inverse_std, load, load_affine, merge_moments, moments, place, total, whole
+from .algebra import inverse_std, load, load_affine, load_stats, merge_moments, moments, place, store_stats, total, whole
 from .elementwise import backward_of, forward_of, store_gradients
 
 
@@ -61,7 +64,7 @@ def _moments_kernel(
     x = load(x_ptr, offset, mask, ACC, POLICY)
     x_side = load(x_ptr, offset_side, mask_side, ACC, POLICY) if SIDE else x
     some = load(x_ptr, first, live, ACC)
-    d, d_side, hi, lo, M2, scale = moments(x, mask, x_side, mask_side, some, length.to(ACC), False, SIDE, OUTER)
+    d, d_side, hi, lo, M2, scale = moments(x, mask, x_side, mask_side, some, length.to(ACC), True, False, SIDE, OUTER)
     out = partials_ptr + ((n * T + t) * C + c)
     stride_k = N.to(tl.int64) * T * C
     tl.store(out, hi, live)
@@ -69,33 +72,29 @@ def _moments_kernel(
     tl.store(out + 2 * stride_k, tl.sqrt(M2) / scale, live)
 
 
-@triton.jit
-def merge_group(partials_ptr, n, g, eps, N, C, D, S, T, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
-    """hi, lo, rstd of group g of sample n."""
-    start = n * T * C + g * D
-    hi, lo, M2, scale, count = merge_moments(partials_ptr, start, N.to(tl.int64) * T * C, T, C, D, S, CHUNK, BLOCK_P)
-    return hi, lo, inverse_std(M2, scale, count, tl.full((), eps, hi.dtype))
-
-
-@triton.jit
-def store_stats(stats_ptr, row, rows, hi, lo, rstd, mask):
-    tl.store(stats_ptr + row, hi, mask)
-    tl.store(stats_ptr + rows + row, lo, mask)
-    tl.store(stats_ptr + rows + rows + row, rstd, mask)
-
-
-@triton.jit(do_not_specialize=["N", "C", "D", "S", "T"])
-def _fold_moments_kernel(partials_ptr, stats_ptr, N, C, D, S, T, eps: "fp64", CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "C", "D", "S", "T", "LENGTH"])
+def _fold_moments_kernel(
+    partials_ptr, out_ptr, N, C, D, S, T, LENGTH, eps: "fp64",
+    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, FINAL: tl.constexpr, CENTERED: tl.constexpr,
+):  # fmt: skip
+    """FINAL: stats of GROUPS groups from all their T = LENGTH partials a channel. Else (D = 1) every LENGTH partials become one."""
     G = C // D
-    n, g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
-    hi, lo, rstd = merge_group(partials_ptr, n, g, eps, N, C, D, S, T, CHUNK, BLOCK_P)
-    store_stats(stats_ptr, tl.program_id(0), N * G, hi, lo, rstd, True)
+    blocks, U = tl.cdiv(G, GROUPS), tl.cdiv(T, LENGTH)
+    n, u = (tl.program_id(0) // (blocks * U)).to(tl.int64), tl.program_id(0) // blocks % U
+    g = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)[None, :]
+    t, s = u * LENGTH, u.to(tl.int64) * LENGTH * CHUNK
+    start = (n * T + t) * C + g * D
+    T_here, S_here = tl.minimum(T - t, LENGTH), tl.minimum(S - s, LENGTH.to(tl.int64) * CHUNK)
+    hi, lo, M2, scale, count = merge_moments(partials_ptr, start, g < G, N.to(tl.int64) * T * C, T_here, C, D, S_here, CHUNK, BLOCK_P)
+    row, rows = (n * U + u) * G + g, N.to(tl.int64) * U * G
+    last = inverse_std(M2, scale, count, tl.full((), eps, hi.dtype)) if FINAL else tl.sqrt(M2) / scale
+    store_stats(out_ptr, row, rows, hi, lo, last, g < G, CENTERED or not FINAL)
 
 
-@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
+@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "STATS_N", "N", "C", "D", "S", "T"])
 def _apply_kernel(
     x_ptr, partials_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, stats_ptr,
-    weight_rows, bias_rows, N, C, D, S, T, eps: "fp64", slope: "fp64",
+    weight_rows, bias_rows, STATS_N, N, C, D, S, T, eps: "fp64", slope: "fp64",
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
     OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -112,43 +111,31 @@ def _apply_kernel(
     x_side = load(x_ptr, offset_side, mask_side, ACC, POLICY) if SIDE else x
     G = C // D
     if FOLD:
-        g = c_0 // D
-        hi, lo, rstd = merge_group(partials_ptr, n, g, eps, N, C, D, S, T, OUTER * BLOCK_S, BLOCK_P)
+        g = c_0 // D + tl.zeros((1, 1), tl.int32)
+        live_g = tl.full((1, 1), True, tl.int1)
+        start, stride_k = n * T * C + g * D, N.to(tl.int64) * T * C
+        hi, lo, M2, scale, count = merge_moments(partials_ptr, start, live_g, stride_k, T, C, D, S, OUTER * BLOCK_S, BLOCK_P)
+        rstd = inverse_std(M2, scale, count, tl.full((), eps, ACC))
         if stats_ptr is not None:
-            store_stats(stats_ptr, n * G + g, N * G, hi, lo, rstd, (t == 0) & (c_0 % D == 0))
+            store_stats(stats_ptr, n * G + g, N * G, hi, lo, rstd, g * D == c_0 + t * C, True)
+        hi, lo, rstd = hi[:, :, None], lo[:, :, None], rstd[:, :, None]
     else:
-        row = n * G + c // D
-        hi = load(stats_ptr, row, live, ACC)
-        lo = load(stats_ptr + N * G, row, live, ACC)
-        rstd = load(stats_ptr + N * G + N * G, row, live, ACC)
+        hi, lo, rstd = load_stats(stats_ptr, tl.minimum(n, STATS_N - 1) * G + c // D, STATS_N * G, live, True)
     slope = tl.full((), slope, ACC)
     forward_of(x - hi, offset, mask, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
     if SIDE:
-        forward_of(
-            x_side - hi,
-            offset_side,
-            mask_side,
-            residual_ptr,
-            y_ptr,
-            lo,
-            rstd,
-            weight,
-            bias,
-            slope,
-            ACTIVATION,
-            ACC,
-            POLICY,
-        )
+        forward_of(x_side - hi, offset_side, mask_side, residual_ptr, y_ptr, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
 
 
-@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
+@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "STATS_N", "N", "C", "D", "S", "T"])
 def _sums_kernel(
-    dy_ptr, x_ptr, stats_ptr, weight_ptr, bias_ptr, residual_ptr, partials_ptr,
-    weight_rows, bias_rows, N, C, D, S, T, slope: "fp64",
+    dy_ptr, x_ptr, stats_ptr, weight_ptr, bias_ptr, residual_ptr, partials_ptr, dx_ptr, dresidual_ptr,
+    weight_rows, bias_rows, STATS_N, N, C, D, S, T, slope: "fp64",
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
     OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    """dx and dresidual only with frozen statistics."""
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
     POLICY: tl.constexpr = "evict_last" if LARGE else ""
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
@@ -156,55 +143,54 @@ def _sums_kernel(
     c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
-    row = n * (C // D) + c // D
-    rows = N * (C // D)
-    hi = load(stats_ptr, row, live, ACC)
-    lo = load(stats_ptr + rows, row, live, ACC)
-    rstd = load(stats_ptr + rows + rows, row, live, ACC)
+    hi, lo, rstd = load_stats(stats_ptr, tl.minimum(n, STATS_N - 1) * (C // D) + c // D, STATS_N * (C // D), live, True)
     slope = tl.full((), slope, ACC)
     x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
+    store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, None, None, POLICY)
     sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
     if SIDE:
         x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
+        store_gradients(x_hat, dt, dt, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, None, None, POLICY)
         sum_dt += total(dt, False, 1)
         sum_dt_xhat += total(dt * x_hat, False, 1)
-    out = partials_ptr + ((n * T + t) * C + c)
-    tl.store(out, sum_dt_xhat, live)
-    tl.store(out + N.to(tl.int64) * T * C, sum_dt, live)
+    if partials_ptr is not None:
+        out = partials_ptr + ((n * T + t) * C + c)
+        tl.store(out, sum_dt_xhat, live)
+        tl.store(out + N.to(tl.int64) * T * C, sum_dt, live)
 
 
 @triton.jit(do_not_specialize=["weight_rows", "N", "C", "D", "S", "T"])
 def _fold_sums_kernel(
     partials_ptr, stats_ptr, weight_ptr, sums_ptr, coefficients_ptr, weight_rows, N, C, D, S, T,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     G = C // D
-    row = tl.program_id(0)
-    n, g = (row // G).to(tl.int64), row % G
+    blocks = tl.cdiv(G, GROUPS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    g = tl.program_id(0) % blocks * GROUPS + tl.arange(0, GROUPS)[None, :, None]
     stride_k = N.to(tl.int64) * T * C
-    Q = tl.zeros((BLOCK_C,), ACC)
-    P = tl.zeros((BLOCK_C,), ACC)
-    for d_0 in range(0, D, BLOCK_C):
-        d = d_0 + tl.arange(0, BLOCK_C)
-        c = g * D + d
-        sum_dt = tl.zeros((BLOCK_C,), ACC)
-        sum_dt_xhat = tl.zeros((BLOCK_C,), ACC)
+    Q = tl.zeros((1, GROUPS, BLOCK_D), ACC)
+    P = tl.zeros((1, GROUPS, BLOCK_D), ACC)
+    for d_0 in range(0, D, BLOCK_D):
+        d = d_0 + tl.arange(0, BLOCK_D)[None, None, :]
+        c, live = g * D + d, (g < G) & (d < D)
+        sum_dt = tl.zeros((1, GROUPS, BLOCK_D), ACC)
+        sum_dt_xhat = tl.zeros((1, GROUPS, BLOCK_D), ACC)
         for t_0 in range(0, T, BLOCK_T):
-            t = t_0 + tl.arange(0, BLOCK_T)[:, None]
-            offset = (n * T + t) * C + c[None, :]
-            mask = (t < T) & (d < D)[None, :]
-            sum_dt_xhat += tl.sum(load(partials_ptr, offset, mask, ACC), axis=0)
-            sum_dt += tl.sum(load(partials_ptr + stride_k, offset, mask, ACC), axis=0)
-        tl.store(sums_ptr + (n * C + c), sum_dt_xhat, d < D)
-        tl.store(sums_ptr + N.to(tl.int64) * C + (n * C + c), sum_dt, d < D)
-        weight = load_affine(weight_ptr, n * weight_rows * C + c, d < D, 1.0, ACC)
+            t = t_0 + tl.arange(0, BLOCK_T)[:, None, None]
+            offset, mask = (n * T + t) * C + c, (t < T) & live
+            sum_dt_xhat += tl.sum(load(partials_ptr, offset, mask, ACC), axis=0, keep_dims=True)
+            sum_dt += tl.sum(load(partials_ptr + stride_k, offset, mask, ACC), axis=0, keep_dims=True)
+        tl.store(sums_ptr + (n * C + c), sum_dt_xhat, live)
+        tl.store(sums_ptr + N.to(tl.int64) * C + (n * C + c), sum_dt, live)
+        weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
         Q += weight * sum_dt_xhat
         P += weight * sum_dt
-    rstd = tl.load(stats_ptr + N * G + N * G + row)
-    factor = -rstd / (D.to(tl.int64) * S).to(ACC)
-    tl.store(coefficients_ptr + row, factor * tl.sum(Q, axis=0))
-    tl.store(coefficients_ptr + N * G + row, factor * tl.sum(P, axis=0))
+    row = n * G + g
+    factor = -load(stats_ptr + N * G + N * G, row, g < G, ACC) / (D.to(tl.int64) * S).to(ACC)
+    tl.store(coefficients_ptr + row, factor * tl.sum(Q, axis=2, keep_dims=True), g < G)
+    tl.store(coefficients_ptr + N * G + row, factor * tl.sum(P, axis=2, keep_dims=True), g < G)
 
 
 @triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
@@ -224,40 +210,12 @@ def _apply_backward_kernel(
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
     row = n * (C // D) + c // D
     rows = N * (C // D)
-    hi = load(stats_ptr, row, live, ACC)
-    lo = load(stats_ptr + rows, row, live, ACC)
-    rstd = load(stats_ptr + rows + rows, row, live, ACC)
+    hi, lo, rstd = load_stats(stats_ptr, row, rows, live, True)
     c2 = load(coefficients_ptr, row, live, ACC)
     c3 = load(coefficients_ptr + rows, row, live, ACC)
     slope = tl.full((), slope, ACC)
     x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-    store_gradients(x_hat, dt, offset, mask, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
+    store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)
     if SIDE:
         x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-        store_gradients(x_hat, dt, offset_side, mask_side, dx_ptr, dresidual_ptr, rstd, weight, c2, c3, POLICY)
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    return x.to(DTYPE) if DTYPE == tl.float64 else x.to(tl.float32).to(DTYPE)
-
-
-@triton.jit(do_not_specialize=["N", "C"])
-def _parameter_gradient_kernel(sums_ptr, dweight_ptr, dbias_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dweight, dbias (C,) = the two halves of sums (2, N, C), summed over n in index order and rounded once."""
-    ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    dweight = tl.zeros((1, BLOCK_C), ACC)
-    dbias = tl.zeros((1, BLOCK_C), ACC)
-    for n_0 in range(0, N, BLOCK_N):
-        n = n_0 + tl.arange(0, BLOCK_N)[:, None]
-        offset = n.to(tl.int64) * C + c
-        mask = (n < N) & (c < C)
-        if dweight_ptr is not None:
-            dweight += tl.sum(load(sums_ptr, offset, mask, ACC), axis=0, keep_dims=True)
-        if dbias_ptr is not None:
-            dbias += tl.sum(load(sums_ptr + N.to(tl.int64) * C, offset, mask, ACC), axis=0, keep_dims=True)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + c, narrow(dweight, dweight_ptr.dtype.element_ty), c < C)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + c, narrow(dbias, dbias_ptr.dtype.element_ty), c < C)
+        store_gradients(x_hat, dt, dt, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)

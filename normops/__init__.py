@@ -1,4 +1,4 @@
-"""Normalization for PyTorch: fused, exact, differentiable twice. ``normops.group_norm``, ``normops.nn``, ``torch.ops.normops``."""
+"""Normalization for PyTorch: fused, exact, differentiable twice. ``normops.layer_norm``, ``normops.nn``, ``torch.ops.normops``."""
 
 import importlib.util
 import pathlib
@@ -8,7 +8,26 @@ if importlib.util.find_spec("normops.kernels") is None:  # a checkout that is no
 
 from normops import functional, nn
 from normops.backends import backend
-from normops.functional import group_norm
+from normops.functional import (
+    adaptive_instance_norm,
+    add_layer_norm,
+    add_rms_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 
-__all__ = ["backend", "functional", "group_norm", "nn"]
-__version__ = "0.1.0"
+__all__ = [
+    "adaptive_instance_norm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "backend",
+    "functional",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "nn",
+    "rms_norm",
+]
+__version__ = "0.2.0"

@@ -1,12 +1,14 @@
-"""The gradient of every op: ``torch.autograd.Function`` pairs forward with backward, and backward with double backward.
+"""The gradients: ``torch.autograd.Function`` pairs forward with backward, and backward with double backward.
 
 Eager calls reach the launchers directly; under compile, export, fake tensors and tensor subclasses the same Functions call
-``torch.ops.normops``, so that graphs hold ``group_norm_fwd`` and ``group_norm_bwd``. ``torch.func`` transforms and forward-mode AD use the
+``torch.ops.normops``, so that graphs hold ``X_fwd`` and ``X_bwd``. ``torch.func`` transforms and forward-mode AD use the
 differentiable reference; vmap folds its batch into N.
 """
 
+import math
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def _private(name: str, default):
     return getattr(_C, name, None) or getattr(getattr(_C, "_functorch", None), name, None) or (lambda *args: default)
 
 
-_any_requires_grad = _private("_any_requires_grad", True)
+any_requires_grad = _private("_any_requires_grad", True)
 _dispatch_modes = _private("_len_torch_dispatch_stack", 1)
 _function_modes = _private("_len_torch_function_stack", 1)
 _transforms_active = _private("peek_interpreter_stack", True)
@@ -60,75 +62,222 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
     return eager()
 
 
+# ---- what the two families of kernels have in common: each call as (N, C, S), and which sums its derivatives need ----
+
+
+@dataclass
+class Groups:
+    """A call of ``group_norm_fwd``: one statistic for all positions of ``C/num_groups`` channels; `frozen`: it does not depend on x."""
+
+    num_groups: int
+    eps: float
+    activation: str
+    negative_slope: float
+    out_dtype: torch.dtype | None
+    frozen: bool
+
+    weight_offset: ClassVar[float] = 0.0
+
+    @property
+    def sets(self) -> reference.Sets:
+        return reference.Sets(self.num_groups)
+
+    def backward(self, direct, dy, dtotal, x, stats, weight, bias, residual, mask):
+        bwd = ops.group_norm_bwd if direct else torch.ops.normops.group_norm_bwd.default
+        return bwd(dy, x, stats, weight, bias, residual, self.num_groups, self.frozen, self.activation, self.negative_slope, mask)
+
+    def differentiable(self, x, stats, weight, bias, residual, out_dtype):
+        given = stats if self.frozen else None
+        return reference.group_norm(x, self.num_groups, weight, bias, self.eps, self.activation, self.negative_slope, residual, out_dtype, given)
+
+    def view(self, x: Tensor) -> Tensor:
+        return reference.positions(x)
+
+    def spread(self, values: Tensor, channels: int) -> Tensor:
+        """A value per group, to broadcast against ``(N, C, S)``."""
+        return values.repeat_interleave(channels // self.num_groups, 1)
+
+    def project(self, direct, value, x, x_hat, stats, want_dx=True):
+        """``rstd*P(value)``, and the cells of ``value*x_hat`` and of ``value``."""
+        ones = x.new_ones(x.shape[:2])
+        linear = replace(self, activation="none")
+        dx, first, second, _ = linear.backward(direct, value, None, x, stats, ones, ones, None, [want_dx, True, True, False])
+        return dx, first.unsqueeze(2), second.unsqueeze(2)
+
+    def cells(self, value: Tensor) -> Tensor:
+        """Sums over what neither a statistic nor a parameter distinguishes: of each channel."""
+        return value.sum(2, keepdim=True)
+
+    def mean(self, cells: Tensor, x: Tensor) -> Tensor:
+        """The means over each set, from cells."""
+        samples, channels, positions = x.shape
+        groups = cells.reshape(samples, self.num_groups, -1).sum(2, keepdim=True)
+        return self.spread(groups / (channels // self.num_groups * positions), channels)
+
+
+@dataclass
+class Rows:
+    """A call of ``row_norm_fwd``: a statistic for the last `ndim` dimensions, or with 0 for dimension 1 of ``(N, C, *spatial)``."""
+
+    ndim: int
+    centered: bool
+    weight_offset: float
+    eps: float
+    activation: str
+    negative_slope: float
+    out_dtype: torch.dtype | None
+
+    frozen: ClassVar[bool] = False
+
+    @property
+    def sets(self) -> reference.Sets:
+        return reference.Sets(1, True, self.centered)
+
+    def backward(self, direct, dy, dtotal, x, stats, weight, bias, residual, mask):
+        bwd = ops.row_norm_bwd if direct else torch.ops.normops.row_norm_bwd.default
+        options = self.ndim, self.centered, self.weight_offset, self.activation, self.negative_slope, mask
+        return bwd(dy, dtotal, x, stats, weight, bias, residual, *options)
+
+    def differentiable(self, x, stats, weight, bias, residual, out_dtype):
+        options = self.ndim, self.centered, self.weight_offset, self.eps, self.activation, self.negative_slope, out_dtype
+        return reference.row_norm(x, weight, bias, residual, *options)
+
+    def view(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, math.prod(x.shape[-self.ndim :]), 1) if self.ndim else x.reshape(*x.shape[:2], -1)
+
+    def spread(self, values: Tensor, channels: int) -> Tensor:
+        return values.transpose(2, 3).squeeze(1)
+
+    def project(self, direct, value, x, x_hat, stats, want_dx=True):
+        bare = replace(self, ndim=2 if self.ndim else 0, activation="none", weight_offset=0.0)  # of (N, C, 1) or (N, C, S)
+        dx = bare.backward(direct, value, None, x, stats, None, None, None, [True, False, False, False])[0] if want_dx else None
+        return dx, value * x_hat, value
+
+    def cells(self, value: Tensor) -> Tensor:
+        return value
+
+    def mean(self, cells: Tensor, x: Tensor) -> Tensor:
+        return cells.mean(1, keepdim=True)
+
+
+Family = Groups | Rows
+
+
+# ---- the Functions ----
+
+
 class GroupNorm(Function):
     """Saves x, the statistics and the small vectors; the activation's argument is computed again in backward."""
 
     @staticmethod
-    def forward(ctx, fwd, x, weight, bias, residual, options):  # options: num_groups, eps, activation, negative_slope, out_dtype
-        y, stats = fwd(x, weight, bias, residual, *options)
+    def forward(ctx, fwd, x, weight, bias, residual, given, options):  # options: the fields of Groups up to out_dtype
+        y, stats = fwd(x, weight, bias, residual, given, *options)
+        stats = stats if given is None else given
         ctx.save_for_backward(x, stats, weight, bias, None if options[2] == "none" else residual)
-        ctx.options, ctx.past_dispatcher = options, fwd is ops.group_norm_fwd
+        ctx.family, ctx.direct, ctx.stats = (Groups, (*options, given is not None)), fwd is ops.group_norm_fwd, stats
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, stats, weight, bias, residual = ctx.saved_tensors
-        num_groups, eps, activation, negative_slope, _ = ctx.options
-        mask = ctx.needs_input_grad[1:5]
-        dresidual = None
-        if activation == "none" and mask[3]:
-            mask, dresidual = (*mask[:3], False), dy
-        args = (dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask)
-        if torch.is_grad_enabled():
-            gradients = GroupNormBackward.apply(*args, eps)
-        elif ctx.past_dispatcher and plain(dy):
-            gradients = ops.group_norm_bwd(*args)
-        else:
-            gradients = torch.ops.normops.group_norm_bwd.default(*args)
-        return (
-            None,
-            gradients[0] if mask[0] else None,
-            gradients[1] if mask[1] else None,
-            gradients[2] if mask[2] else None,
-            gradients[3] if mask[3] else dresidual,
-            None,
-        )
+        return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None
 
 
-class GroupNormBackward(Function):
-    """``group_norm_bwd`` as a differentiable function of dy, x, weight, bias and residual."""
+class GroupNormAndStats(GroupNorm):
+    """Returns the statistics too, for running averages: they have no gradient."""
 
     @staticmethod
-    def forward(ctx, dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask, eps):
-        bwd = ops.group_norm_bwd if plain(dy, x, weight, bias, residual) else torch.ops.normops.group_norm_bwd.default
-        ctx.save_for_backward(dy, x, stats, weight, bias, residual)
-        ctx.options = num_groups, activation, negative_slope, eps
+    def forward(ctx, *args):
+        y = GroupNorm.forward(ctx, *args)
+        ctx.mark_non_differentiable(ctx.stats)
+        return y, ctx.stats
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return GroupNorm.backward(ctx, dy)
+
+
+class RowNorm(Function):
+    """Saves what GroupNorm saves."""
+
+    @staticmethod
+    def forward(ctx, fwd, x, weight, bias, residual, options):  # options: the fields of Rows
+        y, _, stats = fwd(x, None, weight, bias, residual, *options)
+        ctx.save_for_backward(x, stats, weight, bias, None if options[4] == "none" else residual)
+        ctx.family, ctx.direct = (Rows, options), fwd is ops.row_norm_fwd
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None
+
+
+class AddRowNorm(Function):
+    """Of x + addend, which is returned and saved."""
+
+    @staticmethod
+    def forward(ctx, fwd, x, addend, weight, bias, options):
+        y, total, stats = fwd(x, addend, weight, bias, None, *options)
+        ctx.save_for_backward(total, stats, weight, bias, None)
+        ctx.family, ctx.direct = (Rows, options), fwd is ops.row_norm_fwd
         ctx.set_materialize_grads(False)
-        return tuple(bwd(dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope, mask))
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            ctx.mark_non_differentiable(total)
+        return y, total
 
     @staticmethod
-    def backward(ctx, u, ddweight, ddbias, ddresidual):
-        dy, x, stats, weight, bias, residual = ctx.saved_tensors
-        num_groups, activation, negative_slope, eps = ctx.options
-        upstream = (u, ddweight, ddbias, ddresidual)
+    def backward(ctx, dy, dtotal):
+        of_x, of_addend, *of_vectors = ctx.needs_input_grad[1:5]
+        dx, dweight, dbias = dtotal, None, None
+        if dy is not None:
+            dx, dweight, dbias, _ = _backward(ctx, dy, dtotal, (of_x or of_addend, *of_vectors, False))
+        return None, dx if of_x else None, dx if of_addend else None, dweight, dbias, None
+
+
+def _backward(ctx, dy, dtotal, mask):
+    """The gradients of x, weight, bias and residual, each None unless wanted."""
+    kind, options = ctx.family
+    family = kind(*options)
+    x, stats, weight, bias, residual = ctx.saved_tensors
+    dresidual = None
+    if family.activation == "none" and mask[3]:
+        mask, dresidual = (*mask[:3], False), dy
+    if torch.is_grad_enabled():
+        gradients = list(NormBackward.apply(family, dy, x, stats, weight, bias, residual, mask))
+        if dtotal is not None and mask[0]:
+            gradients[0] = gradients[0] + dtotal
+    else:
+        gradients = family.backward(ctx.direct and plain(dy), dy, dtotal, x, stats, weight, bias, residual, mask)
+    dx, dweight, dbias, dt = (gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True))
+    return dx, dweight, dbias, dt if mask[3] else dresidual
+
+
+class NormBackward(Function):
+    """The backward kernel as a differentiable function of dy, x, weight, bias and residual."""
+
+    @staticmethod
+    def forward(ctx, family, dy, x, stats, weight, bias, residual, mask):
+        ctx.save_for_backward(dy, x, stats, weight, bias, residual)
+        ctx.family = family
+        ctx.set_materialize_grads(False)
+        return tuple(family.backward(plain(dy, x, weight, bias, residual), dy, None, x, stats, weight, bias, residual, mask))
+
+    @staticmethod
+    def backward(ctx, *upstream):
         if all(g is None for g in upstream):
-            return (None,) * 11
-        if torch.is_grad_enabled():
-            grads = _differentiable(upstream, dy, x, weight, bias, residual, num_groups, activation, negative_slope, eps)
-        else:
-            grads = _double_backward(upstream, dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope)
-        dy_, x_, weight_, bias_, residual_ = grads
-        return dy_, x_, None, weight_, bias_, residual_, None, None, None, None, None
+            return (None,) * 8
+        derive = _differentiable if torch.is_grad_enabled() else _double_backward
+        dy, x, weight, bias, residual = derive(ctx.family, upstream, *ctx.saved_tensors)
+        return None, dy, x, None, weight, bias, residual, None
 
 
-def _differentiable(upstream, dy, x, weight, bias, residual, num_groups, activation, negative_slope, eps):
+def _differentiable(family: Family, upstream, dy, x, stats, weight, bias, residual):
     """The double backward through the reference, itself differentiable: third and higher order."""
     given = (dy, x, weight, bias, residual)
     roots: list
     with torch.enable_grad():
         # aliases: dy may itself be a function of x, and that path is not ours to follow
         roots = [value if value is None else value.view_as(value) if value.requires_grad else value.detach().requires_grad_() for value in given]
-        y = reference.group_norm(roots[1], num_groups, roots[2], roots[3], eps, activation, negative_slope, roots[4], dy.dtype)
+        y = family.differentiable(roots[1], stats, roots[2], roots[3], roots[4], dy.dtype)
         wanted = [(root, g) for root, g in zip(roots[1:], upstream, strict=True) if root is not None and g is not None]
         first = torch.autograd.grad(y, [root for root, _ in wanted], roots[0], create_graph=True)
         leaves = [root for root, value in zip(roots, given, strict=True) if value is not None and value.requires_grad]
@@ -136,11 +285,11 @@ def _differentiable(upstream, dy, x, weight, bias, residual, num_groups, activat
     return [next(second) if value is not None and value.requires_grad else None for value in given]
 
 
-def _double_backward(upstream, dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope):
+def _double_backward(family: Family, upstream, dy, x, stats, weight, bias, residual):
     """Gradients of ``<u, dx> + <ddweight, dweight> + <ddbias, dbias> + <ddresidual, dresidual>`` for dy, x, weight, bias, residual.
 
-    With xh = x_hat, w = weight, dt = dy*act'(t), g = w*dt, P(v) = v - mean(v) - xh*mean(v*xh) over a group, and U = rstd*P(u), which is the
-    backward kernel itself applied to u::
+    With xh = x_hat, w = weight, dt = dy*act'(t), g = w*dt, P(v) = v - mean(v) - xh*mean(v*xh) over what shares a statistic (RMS: without
+    mean(v); frozen: P(v) = v and no means below), and U = rstd*P(u), which is the backward kernel itself applied to u::
 
         e   = d/d(dt) = w*U + ddweight*xh + ddbias + ddresidual      d/d(dy) = e*act'(t)
         tau = e*dy*act''(t)                                          d/d(residual) = tau
@@ -149,157 +298,77 @@ def _double_backward(upstream, dy, x, stats, weight, bias, residual, num_groups,
         d/dweight = sum(dt*U) + sum(tau*xh)                          d/dbias = sum(tau)
     """
     acc = stats.dtype
-    dtypes = [value if value is None else value.dtype for value in (dy, x, weight, bias, residual)]
-    dy, x, residual, u, ddresidual = (value if value is None else value.to(acc) for value in (dy, x, residual, upstream[0], upstream[3]))
-    samples, channels = x.shape[:2]
-    size = x[0].numel() // num_groups if samples else 1
-    spatial = tuple(range(2, x.dim()))
-    ones = x.new_ones((samples, channels))
+    given = (dy, x, weight, bias, residual)
+    dy, x, residual, u, ddresidual = (value if value is None else family.view(value.to(acc)) for value in (dy, x, residual, upstream[0], upstream[3]))
+    direct = plain(x, dy)
+    rows, rstd = reference.saved_x_hat(x, stats, family.sets)
+    x_hat = family.sets.join(rows, x.shape)
+    rstd = family.spread(rstd, x.shape[1])
+    w = x.new_ones(1, 1, 1) if weight is None else reference.over(weight, x) + family.weight_offset
+    ddweight, ddbias = (value if value is None else reference.over(value, x) for value in upstream[1:3])
 
-    def project(value, want_dx=True):  # rstd*P(value), and per (n, c) sum(value*xh), sum(value)
-        bwd = ops.group_norm_bwd if plain(value, x) else torch.ops.normops.group_norm_bwd.default
-        return bwd(value, x, stats, ones, ones, None, num_groups, "none", 0.0, [want_dx, True, True, False])[:3]
-
-    def over(vector):  # (C,) or (N, C), to broadcast against x
-        return vector.to(acc)[(...,) + (None,) * len(spatial)]
-
-    def group_mean(sums):  # per (n, c), the mean over the group that c belongs to
-        means = sums.unflatten(1, (num_groups, -1)).sum(2, keepdim=True) / size
-        return means.expand(-1, -1, channels // num_groups).flatten(1)
-
-    x_hat, rstd = reference.saved_x_hat(x, stats, num_groups)
-    x_hat = x_hat.flatten(1, 2)
-    rstd = rstd.flatten(1).repeat_interleave(channels // num_groups, 1)
-    w = ones if weight is None else weight.to(acc)
-    ddweight, ddbias = upstream[1:3]
-
-    linear = activation == "none"
+    linear = family.activation == "none"
     dt, slope, curvature = dy, dy, dy  # the last two only matter to an activation
     if not linear:
-        t = reference.affine(x_hat, weight, bias, residual)
-        _, slope, curvature = reference.ACTIVATIONS[activation](t, negative_slope)
+        t = reference.affine(x_hat, weight, bias, residual, family.weight_offset)
+        _, slope, curvature = reference.ACTIVATIONS[family.activation](t, family.negative_slope)
         dt = dy * slope
 
     e, v, d_weight = [], [], []  # terms of sums
     if u is not None:
-        projected, u_xh, _ = project(u)
-        _, dt_xh, _ = project(dt, want_dx=False)
-        e.append(over(w) * projected)
-        d_weight.append((dt * projected).sum(spatial) if spatial else dt * projected)
-        v.append(torch.addcmul(over(-rstd * group_mean(w * dt_xh)) * u, over(-rstd * group_mean(u_xh) * w), dt))
+        projected, u_xh, _ = family.project(direct, u, x, x_hat, stats)
+        e.append(w * projected)
+        d_weight.append(family.cells(dt * projected))
+        if not family.frozen:
+            _, dt_xh, _ = family.project(direct, dt, x, x_hat, stats, want_dx=False)
+            v.append(torch.addcmul(-rstd * family.mean(w * dt_xh, x) * u, -rstd * family.mean(u_xh, x) * w, dt))
     if ddweight is not None:
-        e.append(over(ddweight) * x_hat)
-        v.append(over(ddweight) * dt)
+        e.append(ddweight * x_hat)
+        v.append(ddweight * dt)
     if ddbias is not None:
-        e.append(over(ddbias).expand_as(x))
+        e.append(ddbias.expand_as(x))
     if ddresidual is not None:
         e.append(ddresidual)
     d_dt = reduce(torch.add, e)
     tau = d_bias = None
     if not linear:
         tau = d_dt * dy * curvature
-        v.append(over(w) * tau)
-        _, tau_xh, d_bias = project(tau, want_dx=False)
+        v.append(w * tau)
+        _, tau_xh, d_bias = family.project(direct, tau, x, x_hat, stats, want_dx=False)
         d_weight.append(tau_xh)
-    d_x: Any = project(reduce(torch.add, v))[0] if v else None
-    if u is not None:
-        d_x = torch.addcmul(d_x, over(-rstd * group_mean(w * d_weight[0])), x_hat)
+    d_x: Any = family.project(direct, reduce(torch.add, v), x, x_hat, stats)[0] if v else None
+    if u is not None and not family.frozen:
+        d_x = torch.addcmul(d_x, -rstd * family.mean(w * d_weight[0], x), x_hat)
 
-    def fold(sums, parameter):  # (N, C) to the parameter's shape
-        return None if parameter is None or sums is None else sums if parameter.dim() == 2 else sums.sum(0)
+    def fold(cells, parameter):
+        return None if parameter is None or cells is None else reference.folded(cells.sum(2), parameter)
 
     d_dy = d_dt if linear else d_dt * slope
     grads = (d_dy, d_x, fold(reduce(torch.add, d_weight) if d_weight else None, weight), fold(d_bias, bias), None if residual is None else tau)
-    return [value if value is None else value.to(dtype) for value, dtype in zip(grads, dtypes, strict=True)]
+    return [value if value is None else value.reshape(like.shape).to(like.dtype) for value, like in zip(grads, given, strict=True)]
 
 
-def group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    activation: str = "none",
-    negative_slope: float = 0.01,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The differentiable op, as the dispatcher calls it at the Autograd key."""
-    ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
-    weight, bias = ops.modulate(x, weight, bias, scale, shift)
-    if transforming():
-        return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype)
-    fwd = torch.ops.normops.group_norm_fwd.default
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        return _apply(fwd, ops.dense(x), weight, bias, residual, (num_groups, eps, activation, negative_slope, out_dtype))
-    return fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype)[0]
+class Moments(Function):
+    """Mean and std of groups; its backward is the forward kernel with given statistics."""
 
+    @staticmethod
+    def forward(ctx, x, num_groups, eps):
+        stats = (ops.group_norm_stats if plain(x) else torch.ops.normops.group_norm_stats.default)(x, num_groups, eps)
+        ctx.save_for_backward(x, stats)
+        ctx.options = num_groups, eps
+        mean, mean_lo, rstd = stats
+        return mean + mean_lo, 1 / rstd
 
-def group_norm_eager(x, num_groups, weight, bias, eps, activation, negative_slope, residual, scale, shift, out_dtype):
-    """The same on plain tensors: past the dispatcher."""
-    if scale is not None or shift is not None:
-        ops.check(x, num_groups, weight, bias, residual, eps, activation, out_dtype)
-        weight, bias = ops.modulate(x, weight, bias, scale, shift)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        if not x.is_contiguous():
-            x = ops.dense(x)
-        return _apply(ops.group_norm_fwd, x, weight, bias, residual, (num_groups, eps, activation, negative_slope, out_dtype))
-    return ops.group_norm_fwd(x, weight, bias, residual, num_groups, eps, activation, negative_slope, out_dtype, False)[0]
-
-
-# Function.apply without its Python half, which only serves functorch: that case never gets here
-_apply = super(Function, GroupNorm).apply
-
-
-def _autocast_cuda(x, num_groups, weight=None, bias=None, eps=1e-5, *, residual=None, out_dtype=None, **options):
-    """As CUDA autocast treats F.group_norm: the result is float32. x itself stays 16-bit, and so does what is saved for backward."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        out_dtype = torch.float32
-        if residual is not None and residual.dtype != x.dtype:
-            x, residual = x.float(), residual.float()
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
-        return torch.ops.normops.group_norm.default(x, num_groups, weight, bias, eps, residual=residual, out_dtype=out_dtype, **options)
-
-
-def _vmap(x, num_groups, weight=None, bias=None, eps=1e-5, *, residual=None, scale=None, shift=None, **options):
-    """Fold the mapped dimension into N; mapped vectors become per-sample ones."""
-    from torch._functorch.autograd_function import custom_function_call_vmap_helper
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
-    def rule(info, in_dims, x, *others):
-        batch = info.batch_size
-
-        def first(value, dim):
-            return value.unsqueeze(0).expand(batch, *value.shape) if dim is None else value.movedim(dim, 0)
-
-        def folded(value, dim):  # (N, ...) -> (batch*N, ...); a (C,) vector is repeated over N once it differs between samples
-            if value is None or (value.dim() == 1 and dim is None):
-                return value
-            value = first(value, dim)
-            if value.dim() == 2:
-                value = value.unsqueeze(1).expand(-1, samples, -1)
-            return value.flatten(0, 1)
-
-        samples = x.shape[0] if in_dims[0] is None else x.movedim(in_dims[0], 0).shape[1]
-        y = call(*(folded(value, dim) for value, dim in zip((x, *others), in_dims, strict=True)))
-        return y.unflatten(0, (batch, samples)), 0
-
-    def call(x, weight, bias, residual, scale, shift):
-        return torch.ops.normops.group_norm.default(x, num_groups, weight, bias, eps, residual=residual, scale=scale, shift=shift, **options)
-
-    interpreter: Any = retrieve_current_functorch_interpreter()
-    return custom_function_call_vmap_helper(interpreter, rule, call, x, weight, bias, residual, scale, shift)
-
-
-def _fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None, **options):
-    return torch.empty_like(ops.dense(x), dtype=out_dtype)
-
-
-ops.lib.impl("group_norm", group_norm, "Autograd")
-ops.lib.impl("group_norm", group_norm, "CompositeExplicitAutograd")
-ops.lib.impl("group_norm", _autocast_cuda, "AutocastCUDA")
-ops.lib.impl("group_norm", _vmap, "FuncTorchBatched")
-torch.library.register_fake("normops::group_norm", _fake, lib=ops.lib)
+    @staticmethod
+    def backward(ctx, dmean, dstd):
+        x, stats = ctx.saved_tensors
+        num_groups, eps = ctx.options
+        if torch.is_grad_enabled():
+            with torch.enable_grad():
+                root = x.view_as(x)
+                return *torch.autograd.grad(reference.moments(root, num_groups, eps), root, (dmean, dstd), create_graph=True), None, None
+        channels = x.shape[1] // num_groups
+        size = max(1, x.numel() // max(1, dmean.numel()))
+        weight, bias = ((value / size).repeat_interleave(channels, 1) for value in (dstd, dmean))
+        fwd = ops.group_norm_fwd if plain(x, dmean, dstd) else torch.ops.normops.group_norm_fwd.default
+        return fwd(x, weight, bias, None, stats, num_groups, eps, "none", 0.0, None)[0], None, None

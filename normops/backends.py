@@ -1,6 +1,6 @@
 """Who computes what: the backends, which of them can run here and why not, their order, and the override.
 
-A backend is a pair of functions with the same signature everywhere (``kernels``, ``cpu.py``, ``csrc/cuda``, ``reference.py``). They write into
+A backend is the functions `OPS`, with the same signatures everywhere (``kernels``, ``cpu.py``, ``csrc/cuda``, ``reference.py``). They write into
 tensors that the launchers of ``ops.py`` have allocated and checked. A backend that cannot run a configuration raises ``NotImplementedError``
 with the reason, and the next one in the order is tried; a forced backend (``with normops.backend(name)`` or the environment variable
 ``NORMOPS_BACKEND``) never falls back.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 BUILD_HINT = "install with `pip install --no-build-isolation .` in an environment that has torch and a C++ compiler"
 ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
-OPS = ("group_norm_fwd", "group_norm_bwd")
+OPS = ("group_norm_fwd", "group_norm_bwd", "row_norm_fwd", "row_norm_bwd")
 _forced: str | None = os.environ.get("NORMOPS_BACKEND") or None
 
 
@@ -65,7 +65,7 @@ def unavailable(backend: str) -> str | None:
 
 def _load(backend: str, op: str) -> Callable[..., None]:
     if backend == "triton":
-        return getattr(importlib.import_module("normops.kernels.group_norm"), op)
+        return getattr(importlib.import_module(f"normops.kernels.{op[:-4]}"), op)
     if backend == "reference":
         return getattr(importlib.import_module("normops.reference"), op)
     if backend == "cuda":

@@ -12,38 +12,67 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def group_norm_fwd(y, stats, x, weight, bias, residual, num_groups, channels_last, eps, activation, negative_slope) -> None:
-    if y.dtype != x.dtype:
-        x = x.to(y.dtype)
-        residual = None if residual is None else residual.to(y.dtype)
-    shape = x.shape
+def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channels_last, frozen, eps, activation, negative_slope) -> None:
+    if y is not None and y.dtype != x.dtype:
+        x, residual = _to(y.dtype, x, residual)
     _cpu_kernels().group_norm_fwd(
-        y.data_ptr(), eps,
-        x.data_ptr(), _address(residual), _address(stats), DTYPES[x.dtype], *_parameters(weight, bias),
-        shape[0], shape[1], x.numel(), num_groups, channels_last, activation, negative_slope,
+        _address(y), eps, x.data_ptr(), _address(residual), _address(stats), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), num_groups, activation, negative_slope, channels_last, stats.shape[1] if frozen else 0,
     )  # fmt: skip
 
 
 def group_norm_bwd(
-    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, num_groups, channels_last, activation, negative_slope
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen, activation, negative_slope
 ) -> None:
     if dy.dtype != x.dtype:
-        wide_dx, wide_dresidual = (None if out is None else torch.empty_like(dy) for out in (dx, dresidual))
-        residual = None if residual is None else residual.to(dy.dtype)
+        wide = _empty(dy.dtype, dx, dresidual)
+        x, residual = _to(dy.dtype, x, residual)
         group_norm_bwd(
-            wide_dx, dweight, dbias, wide_dresidual, dy, x.to(dy.dtype), stats, weight, bias, residual,
-            num_groups, channels_last, activation, negative_slope,
+            wide[0], dweight, dbias, wide[1], dy, x, stats, weight, bias, residual,
+            N, C, num_groups, channels_last, frozen, activation, negative_slope,
         )  # fmt: skip
-        for out, wide in ((dx, wide_dx), (dresidual, wide_dresidual)):
-            if out is not None:
-                out.copy_(wide)
-        return
-    shape = x.shape
+        return _copy((dx, dresidual), wide)
     _cpu_kernels().group_norm_bwd(
-        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias),
-        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias),
-        shape[0], shape[1], x.numel(), num_groups, channels_last, activation, negative_slope,
+        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias, C),
+        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), num_groups, activation, negative_slope, channels_last, stats.shape[1] if frozen else 0,
     )  # fmt: skip
+
+
+def row_norm_fwd(
+    y, total, stats, x, addend, weight, bias, residual, N, C, num_groups, centered, weight_offset, eps, activation, negative_slope
+) -> None:
+    if y.dtype != x.dtype:
+        if addend is not None:
+            x, addend = torch.add(x, addend, out=total), None
+        x, residual = _to(y.dtype, x, residual)
+    _cpu_kernels().row_norm_fwd(
+        y.data_ptr(), _address(total), _address(addend), eps,
+        x.data_ptr(), _address(residual), _address(stats), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), num_groups, activation, negative_slope, centered, weight_offset,
+    )  # fmt: skip
+
+
+def row_norm_bwd(
+    dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, N, C, num_groups, centered, weight_offset, activation, negative_slope
+) -> None:
+    if dy.dtype != x.dtype:
+        wide = _empty(dy.dtype, dx, dresidual)
+        x, residual, dtotal = _to(dy.dtype, x, residual, dtotal)
+        row_norm_bwd(
+            wide[0], dweight, dbias, wide[1], dy, dtotal, x, stats, weight, bias, residual,
+            N, C, num_groups, centered, weight_offset, activation, negative_slope,
+        )  # fmt: skip
+        return _copy((dx, dresidual), wide)
+    _cpu_kernels().row_norm_bwd(
+        _address(dx), _address(dresidual), dy.data_ptr(), _address(dtotal), *_parameters(dweight, dbias, C),
+        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), num_groups, activation, negative_slope, centered, weight_offset,
+    )  # fmt: skip
+
+
+# The everyday calls in as few steps as Python allows: contiguous x on the CPU, vectors of C. They answer None when anything is out of the ordinary.
+# On small tensors the checks, the choice of a backend and the calls between them cost more than the arithmetic.
 
 
 def group_norm_fwd_at_once(
@@ -56,35 +85,52 @@ def group_norm_fwd_at_once(
     negative_slope: float,
     save_stats: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The everyday call in as few steps as Python allows: contiguous x on the CPU, vectors of C. None when anything is out of the ordinary.
+    """``y`` and ``stats`` (3, N, G) of contiguous ``(N, C, *spatial)`` x."""
+    shape = x.shape
+    if len(shape) < 2 or num_groups <= 0 or shape[1] % num_groups:
+        return None
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        return None
+    samples = shape[0]
+    saved = (3, samples, num_groups) if save_stats else None
+    return _forward_at_once(x, weight, bias, saved, samples, shape[1], num_groups, None, 0.0, eps, activation, negative_slope)
 
-    On small tensors the checks, the choice of a backend and the calls between them cost more than the arithmetic.
-    """
-    shape, dtype = x.shape, DTYPES.get(x.dtype)
-    if dtype is None or activation is None or len(shape) < 2 or not x.is_contiguous() or not eps >= 0:
+
+def row_norm_fwd_at_once(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    C: int,
+    centered: bool,
+    weight_offset: float,
+    eps: float,
+    activation: int | None,
+    negative_slope: float,
+    save_stats: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """``y`` and ``stats`` (3 or 1, rows) of contiguous x, whose trailing dimensions multiply to C."""
+    rows = x.numel() // C if C > 0 else 0
+    saved = (3 if centered else 1, rows) if save_stats else None
+    return _forward_at_once(x, weight, bias, saved, rows, C, 1, centered, weight_offset, eps, activation, negative_slope)
+
+
+def _forward_at_once(x, weight, bias, saved, N, C, num_groups, centered, weight_offset, eps, activation, negative_slope):
+    """`saved`: shape of the statistics, None if they are not wanted. `centered`: None for a group norm."""
+    dtype, numel = DTYPES.get(x.dtype), x.numel()
+    weight_at, bias_at = _everyday(weight, C), _everyday(bias, C)
+    if dtype is None or activation is None or weight_at is None or bias_at is None or not numel or not x.is_contiguous() or not eps >= 0:
         return None
-    channels, numel = shape[1], x.numel()
-    if not numel or num_groups <= 0 or channels % num_groups:
-        return None
-    weight_at = weight_dtype = bias_at = bias_dtype = 0
-    if weight is not None:
-        weight_dtype = DTYPES.get(weight.dtype, -1)
-        if weight_dtype < 0 or weight.dim() != 1 or weight.numel() != channels or not weight.is_cpu or not weight.is_contiguous():
-            return None
-        weight_at = weight.data_ptr()
-    if bias is not None:
-        bias_dtype = DTYPES.get(bias.dtype, -1)
-        if bias_dtype < 0 or bias.dim() != 1 or bias.numel() != channels or not bias.is_cpu or not bias.is_contiguous():
-            return None
-        bias_at = bias.data_ptr()
     y = torch.empty_like(x)
     stats = None
-    if save_stats:
-        stats = x.new_empty((3, shape[0], num_groups)) if dtype in (0, 3) else x.new_empty((3, shape[0], num_groups), dtype=torch.float32)
-    _cpu_kernels().group_norm_fwd(
-        y.data_ptr(), eps, x.data_ptr(), 0, 0 if stats is None else stats.data_ptr(), dtype, weight_at, weight_dtype, 1, bias_at, bias_dtype, 1,
-        shape[0], channels, numel, num_groups, False, activation, negative_slope,
-    )  # fmt: skip
+    stats_at = 0
+    if saved is not None:
+        stats = x.new_empty(saved) if dtype in (0, 3) else x.new_empty(saved, dtype=torch.float32)
+        stats_at = stats.data_ptr()
+    inputs = (x.data_ptr(), 0, stats_at, dtype, *weight_at, *bias_at, N, C, numel, num_groups, activation, negative_slope)
+    if centered is None and numel != N * C:
+        _cpu_kernels().group_norm_fwd(y.data_ptr(), eps, *inputs, False, 0)
+    else:  # with one position a group is a row
+        _cpu_kernels().row_norm_fwd(y.data_ptr(), 0, 0, eps, *inputs, centered is not False, weight_offset)
     return y, stats
 
 
@@ -92,48 +138,82 @@ def group_norm_bwd_at_once(
     dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, activation: int, negative_slope: float, mask
 ) -> tuple[Tensor | None, ...] | None:
     """The backward of :func:`group_norm_fwd_at_once`: dx, dweight, dbias, dresidual; None when anything is out of the ordinary."""
-    dtype = DTYPES[x.dtype]
-    if mask[3] or not x.is_contiguous() or not dy.is_contiguous() or dy.dtype is not x.dtype or not x.numel():
+    N, C = x.shape[:2]
+    return _backward_at_once(dy, x, stats, weight, bias, N, C, num_groups, None, 0.0, activation, negative_slope, mask)
+
+
+def row_norm_bwd_at_once(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    C: int,
+    centered: bool,
+    weight_offset: float,
+    activation: int,
+    negative_slope: float,
+    mask,
+) -> tuple[Tensor | None, ...] | None:
+    """The backward of :func:`row_norm_fwd_at_once`: dx, dweight, dbias, dresidual; None when anything is out of the ordinary."""
+    return _backward_at_once(
+        dy, x, stats, weight, bias, x.numel() // C if C > 0 else 0, C, 1, centered, weight_offset, activation, negative_slope, mask
+    )
+
+
+def _backward_at_once(dy, x, stats, weight, bias, N, C, num_groups, centered, weight_offset, activation, negative_slope, mask):
+    dtype, numel = DTYPES[x.dtype], x.numel()
+    weight_at, bias_at = _everyday(weight, C), _everyday(bias, C)
+    if mask[3] or weight_at is None or bias_at is None or not numel or dy.dtype is not x.dtype or not (x.is_contiguous() and dy.is_contiguous()):
         return None
     dx = torch.empty_like(x) if mask[0] else None
-    dweight = dbias = None
-    weight_at = weight_dtype = bias_at = bias_dtype = dweight_at = dbias_at = 0
-    if weight is not None:
-        if weight.dim() != 1 or not weight.is_contiguous():
-            return None
-        weight_at, weight_dtype = weight.data_ptr(), DTYPES[weight.dtype]
-        if mask[1]:
-            dweight = torch.empty_like(weight)
-            dweight_at = dweight.data_ptr()
-    if bias is not None:
-        if bias.dim() != 1 or not bias.is_contiguous():
-            return None
-        bias_at, bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
-        if mask[2]:
-            dbias = torch.empty_like(bias)
-            dbias_at = dbias.data_ptr()
-    shape = x.shape
-    _cpu_kernels().group_norm_bwd(
-        0 if dx is None else dx.data_ptr(), 0, dy.data_ptr(), dweight_at, weight_dtype, 1, dbias_at, bias_dtype, 1,
-        x.data_ptr(), 0, stats.data_ptr(), dtype, weight_at, weight_dtype, 1, bias_at, bias_dtype, 1,
-        shape[0], shape[1], x.numel(), num_groups, False, activation, negative_slope,
-    )  # fmt: skip
+    dweight = torch.empty_like(weight) if mask[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if mask[2] and bias is not None else None
+    parameters = *weight_at, *bias_at
+    gradients = _address(dweight), *weight_at[1:], _address(dbias), *bias_at[1:]
+    inputs = (x.data_ptr(), 0, stats.data_ptr(), dtype, *parameters, N, C, numel, num_groups, activation, negative_slope)
+    if centered is None and numel != N * C:
+        _cpu_kernels().group_norm_bwd(_address(dx), 0, dy.data_ptr(), *gradients, *inputs, False, 0)
+    else:
+        _cpu_kernels().row_norm_bwd(_address(dx), 0, dy.data_ptr(), 0, *gradients, *inputs, centered is not False, weight_offset)
     return dx, dweight, dbias, None
+
+
+def _everyday(vector: Tensor | None, C: int) -> tuple[int, int, int] | None:
+    """Address, dtype and rows of C elements: one. None for anything else."""
+    if vector is None:
+        return 0, 0, 1
+    dtype = DTYPES.get(vector.dtype)
+    if dtype is None or vector.numel() != C or not vector.is_cpu or not vector.is_contiguous():
+        return None
+    return vector.data_ptr(), dtype, 1
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _parameters(weight: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
-    """Address, dtype and number of dimensions of both."""
-    if weight is not None and bias is not None:
-        return weight.data_ptr(), DTYPES[weight.dtype], weight.dim(), bias.data_ptr(), DTYPES[bias.dtype], bias.dim()
-    if weight is not None:
-        return weight.data_ptr(), DTYPES[weight.dtype], weight.dim(), 0, 0, 0
-    if bias is not None:
-        return 0, 0, 0, bias.data_ptr(), DTYPES[bias.dtype], bias.dim()
-    return 0, 0, 0, 0, 0, 0
+def _parameters(weight: Tensor | None, bias: Tensor | None, C: int) -> tuple[int, ...]:
+    """Address, dtype and rows of C elements of both."""
+    return *_parameter(weight, C), *_parameter(bias, C)
+
+
+def _parameter(vector: Tensor | None, C: int) -> tuple[int, int, int]:
+    return (0, 0, 1) if vector is None else (vector.data_ptr(), DTYPES[vector.dtype], vector.numel() // C)
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def _empty(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+
+
+def _copy(outs: tuple[Tensor | None, ...], values: tuple[Tensor | None, ...]) -> None:
+    for out, value in zip(outs, values, strict=True):
+        if out is not None and value is not None:
+            out.copy_(value)
 
 
 @cache

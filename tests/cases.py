@@ -1,244 +1,17 @@
-"""Named cases of group norm, their inputs, the float64 oracle and the tolerance that follows from it.
+"""Named cases of every norm, each with its reason, and what the tests share: see ``oracle.py``."""
 
-Tolerance: the error against float64 is at most twice the error of torch's own composition of ops, on the same inputs and in the dtype in which
-normops computes (float32 for 16-bit inputs, rounded once at the end), plus a rounding floor of ``FLOOR`` roundoffs of the tensor's own dtype
-times its magnitude. The magnitude of a gradient is that of the terms that it sums: they cancel, their roundings do not.
-For float64 the oracle is itself torch in float64. Its own error is taken to be torch's error in float32, times the ratio of the two roundoffs.
-"""
+import math
+from collections.abc import Iterable
+from dataclasses import replace
 
-from dataclasses import dataclass, field, replace
-
+import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from oracle import ACTIVATIONS, COMPOSED, FLOOR, HALF, IN_PLACE, LAYOUTS, Case, Inputs, assert_layout, channels_last, check, composed, roundoff
 
-ACTIVATIONS = {  # the torch functions that the names promise
-    "none": lambda t, slope: t,
-    "relu": lambda t, slope: F.relu(t),
-    "leaky_relu": lambda t, slope: F.leaky_relu(t, slope),
-    "silu": lambda t, slope: F.silu(t),
-    "gelu": lambda t, slope: F.gelu(t),
-    "gelu_tanh": lambda t, slope: F.gelu(t, approximate="tanh"),
-    "tanh": lambda t, slope: torch.tanh(t),
-    "sigmoid": lambda t, slope: torch.sigmoid(t),
-    "hardswish": lambda t, slope: F.hardswish(t),
-}
-FLOOR = 4
-TENSORS = ("x", "weight", "bias", "residual", "scale", "shift")  # what has a gradient
-HALF = (torch.float16, torch.bfloat16)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with memory order (N, spatial, C), for any rank."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _within(x: Tensor, dim: int) -> Tensor:
-    """`x` as a slice of a tensor that is larger along `dim` on both sides."""
-    shape = list(x.shape)
-    shape[dim] += 3
-    return torch.zeros(shape, dtype=x.dtype, device=x.device).narrow(dim, 1, x.shape[dim]).copy_(x)
-
-
-def _order(x: Tensor, *dims: int) -> Tensor:
-    """`x` with the memory order `dims`."""
-    return x.permute(dims).contiguous().permute([dims.index(i) for i in range(x.dim())])
-
-
-def _offset(x: Tensor) -> Tensor:
-    """Dense `x` one element behind an aligned address, where no vector load may begin."""
-    return torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].as_strided(x.shape, x.stride()).copy_(x)
-
-
-# name -> a tensor of the given values (expanded: of some of them) in another layout
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": channels_last,
-    "offset": lambda x: _offset(x.contiguous()),
-    "channels_last_offset": lambda x: _offset(channels_last(x)),
-    "sliced": lambda x: _within(x, -1),
-    "sliced_channels": lambda x: _within(x, 1),
-    "channels_last_sliced": lambda x: _within(channels_last(x).movedim(1, -1), -1).movedim(-1, 1),
-    "every_other_sample": lambda x: torch.stack((x, x), 1).flatten(0, 1)[::2],
-    "transposed": lambda x: _order(x, 1, 0, *range(2, x.dim())),
-    "spatial_permuted": lambda x: _order(x, 0, 1, *range(x.dim() - 1, 1, -1)),
-    "channels_last_permuted": lambda x: _order(x, 0, *range(x.dim() - 1, 1, -1), 1),
-    "channels_between": lambda x: _order(x, 0, 2, 1, *range(3, x.dim())),
-    "expanded_samples": lambda x: x[:1].expand_as(x),
-    "expanded_channels": lambda x: x[:, :1].expand_as(x),
-    "expanded_positions": lambda x: x[..., :1].expand_as(x),
-    "scalar": lambda x: x.flatten()[0].expand_as(x),  # what y.sum().backward() hands to backward
-}
-IN_PLACE = ("contiguous", "channels_last", "offset", "channels_last_offset", "spatial_permuted", "channels_last_permuted")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. The first field says why it is here."""
-
-    why: str
-    shape: tuple[int, ...]
-    groups: int
-    layout: str = "contiguous"
-    dtype: torch.dtype = torch.float32
-    weight: str | None = "C"  # "C", "NC" or None
-    bias: str | None = "C"
-    affine_dtype: torch.dtype | None = None  # x's, unless given
-    residual: str | None = None  # its layout
-    scale: bool = False
-    shift: bool = False
-    dy: str | None = None  # its layout; y's, unless given
-    activation: str = "none"
-    negative_slope: float = 0.2
-    eps: float = 1e-5
-    out_dtype: torch.dtype | None = None
-    mean: float = 0.5
-    std: float = 2.0
-
-    def options(self) -> dict:
-        return {"activation": self.activation, "negative_slope": self.negative_slope, "out_dtype": self.out_dtype}
-
-
-@dataclass
-class Result:
-    y: Tensor
-    gradients: dict[str, Tensor]
-
-
-@dataclass
-class Inputs:
-    case: Case
-    tensors: dict[str, Tensor]
-    dy: Tensor
-    magnitude: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, case: Case, device: str) -> "Inputs":
-        def random(shape, dtype, layout="contiguous", mean=0.0, std=1.0):
-            values = torch.randn(shape, dtype=torch.float64) * std + mean
-            return LAYOUTS[layout](values.to(dtype).to(device)).detach()
-
-        samples, channels = case.shape[:2]
-        vector = {"C": (channels,), "NC": (samples, channels)}
-        affine_dtype = case.affine_dtype or case.dtype
-        tensors = {"x": random(case.shape, case.dtype, case.layout, case.mean, case.std)}
-        if case.weight:
-            tensors["weight"] = random(vector[case.weight], affine_dtype, mean=0.5)
-        if case.bias:
-            tensors["bias"] = random(vector[case.bias], affine_dtype)
-        if case.residual:
-            tensors["residual"] = random(case.shape, case.dtype, case.residual)
-        if case.scale:
-            tensors["scale"] = random((samples, channels), affine_dtype)
-        if case.shift:
-            tensors["shift"] = random((samples, channels), affine_dtype)
-        x = tensors["x"]
-        dense = x if case.layout in IN_PLACE else channels_last(x) if x.stride(1) == 1 else x.contiguous()
-        dy = random(case.shape, case.out_dtype or case.dtype, case.dy or "contiguous")
-        if case.dy is None:
-            dy = torch.empty_like(dense, dtype=dy.dtype).copy_(dy)
-        return cls(case, tensors, dy)
-
-    def run(self, function, wanted: tuple[str, ...] | None = None) -> Result:
-        """y and the gradients of `function`, called as ``normops.group_norm``."""
-        leaves = {name: value.detach().requires_grad_(wanted is None or name in wanted) for name, value in self.tensors.items()}
-        arguments = dict(leaves)
-        y = function(arguments.pop("x"), self.case.groups, arguments.pop("weight", None), arguments.pop("bias", None), self.case.eps,
-                     **arguments, **self.case.options())  # fmt: skip
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        gradients = torch.autograd.grad(y, [leaves[name] for name in names], self.dy)
-        return Result(y.detach(), dict(zip(names, gradients, strict=True)))
-
-    def torch(self, dtype: torch.dtype) -> Result:
-        """torch's own ops in `dtype`, on contiguous copies: the oracle in float64, the measure of the tolerance in float32."""
-        wide = replace(self.case, out_dtype=None)
-        tensors = {name: value.to(dtype).contiguous() for name, value in self.tensors.items()}
-        return Inputs(wide, tensors, self.dy.to(dtype).contiguous()).run(composed)
-
-
-def composed(x, num_groups, weight=None, bias=None, eps=1e-5, *, activation="none", negative_slope=0.01, residual=None, scale=None, shift=None,
-             out_dtype=None):  # fmt: skip
-    """The call as torch spells it, from ``torch.group_norm`` and elementwise ops."""
-
-    def over(vector):
-        return vector[(...,) + (None,) * (x.dim() - 2)]
-
-    # torch.group_norm takes no vectors per sample, and its backward fails with a bias but no weight
-    plain = weight is not None and weight.dim() == 1 and (bias is None or bias.dim() == 1)
-    t = torch.group_norm(x, num_groups, weight if plain else None, bias if plain else None, eps)
-    if not plain:
-        t = t if weight is None else t * over(weight)
-        t = t if bias is None else t + over(bias)
-    t = t if scale is None else t * (1 + over(scale))
-    t = t if shift is None else t + over(shift)
-    t = t if residual is None else t + residual
-    return ACTIVATIONS[activation](t, negative_slope)
-
-
-def roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def magnitudes(inputs: Inputs) -> dict[str, float]:
-    """The largest of the terms of which each tensor is the sum, where that is not the tensor's own largest element."""
-    case, t = inputs.case, {name: value.double() for name, value in inputs.tensors.items()}
-    x = t["x"].reshape(case.shape[0], case.groups, -1)
-    rstd = (x.var(2, unbiased=False) + case.eps).rsqrt().repeat_interleave(case.shape[1] // case.groups, 1)
-    slope = t["weight"] if "weight" in t else torch.ones_like(rstd)
-    slope = slope * (1 + t["scale"]) if "scale" in t else slope
-    over = (...,) + (None,) * (len(case.shape) - 2)
-    found = {"x": ((rstd * slope)[over] * inputs.dy.double()).abs().max().item()}
-    # x_hat and dt*x_hat are sums too where they vanish: a group of equal values
-    largest = inputs.dy.abs().max().item()
-    return found | dict.fromkeys(("weight", "bias", "scale", "shift"), largest)
-
-
-def check(got: Result, inputs: Inputs, factor: float = 2) -> None:
-    """Hold `got` to the tolerance above, and to the shape and dtype of what it is the gradient of."""
-    case = inputs.case
-    want = inputs.torch(torch.float64)
-    own = accumulator(case.dtype)
-    if own == torch.float64:  # torch in float32, against torch in float64 on the inputs so rounded, says what rounding costs
-        narrow = Inputs(case, {name: value.float() for name, value in inputs.tensors.items()}, inputs.dy.float())
-        theirs, exact = narrow.torch(torch.float32), narrow.torch(torch.float64)
-        ratio = roundoff(torch.float64) / roundoff(torch.float32)
-    else:
-        theirs, exact, ratio = inputs.torch(own), want, 1.0
-    largest = magnitudes(inputs)
-    y_dtype = case.out_dtype or case.dtype
-    tensors = [("y", got.y, want.y, theirs.y, exact.y, y_dtype)]
-    for name, gradient in got.gradients.items():
-        assert gradient.shape == inputs.tensors[name].shape, f"d{name}: shape {tuple(gradient.shape)}"
-        dtype = inputs.tensors[name].dtype
-        tensors.append((f"d{name}", gradient, want.gradients[name], theirs.gradients[name], exact.gradients[name], dtype))
-    failures = []
-    for name, mine, oracle, other, other_oracle, dtype in tensors:
-        assert mine.dtype == dtype, f"{name}: dtype {mine.dtype}"
-        error = (mine.double() - oracle).abs().max().item()
-        loss = (other.to(dtype if own != torch.float64 else other.dtype).double() - other_oracle).abs().max().item() * ratio
-        magnitude = max(oracle.abs().max().item(), largest.get(name[1:], 0.0) if name != "y" else 0.0)
-        # an output wider than what it was computed in is no better than that
-        unit = max(roundoff(dtype), roundoff(own))
-        tiny = torch.finfo(dtype).smallest_normal * unit
-        limit = factor * loss + FLOOR * unit * magnitude + tiny
-        if not error <= limit:  # NaN fails too
-            failures.append(f"{name}: error {error:.3g} > {limit:.3g} (torch loses {loss:.3g}, largest {magnitude:.3g})")
-    assert not failures, f"{case.why}: " + "; ".join(failures)
-
-
-def assert_layout(y: Tensor, x: Tensor, layout: str) -> None:
-    """y lies in memory as x does; where x is not dense, contiguous, or channels last if x's channels are adjacent."""
-    if layout in IN_PLACE:
-        like = x
-    else:
-        like = channels_last(x) if x.stride(1) == 1 and x.shape[1] > 1 else x.contiguous()
-    sizes = [i for i, size in enumerate(y.shape) if size > 1]
-    assert [y.stride(i) for i in sizes] == [like.stride(i) for i in sizes], f"{layout}: strides {y.stride()}, expected {like.stride()}"
-
+__all__ = [
+    "ACTIVATIONS", "ADAPTIVE", "CASES", "COMPOSED", "FLOOR", "HALF", "IN_PLACE", "KINDS", "LAYOUTS", "NORM_CASES", "Case", "Inputs", "assert_layout",
+    "case_of", "channels_last", "check", "composed", "grid", "roundoff",
+]  # fmt: skip
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -349,3 +122,207 @@ CASES = {
     **{f"{name}_bf16": Case("activation of 16-bit values", (3, 6, 5, 5), 3, dtype=_bf16, activation=name) for name in ACTIVATIONS if name != "none"},
     **{f"{name}_f64": Case("activation of float64 values", (3, 6, 5, 5), 3, dtype=_f64, activation=name) for name in ACTIVATIONS if name != "none"},
 }  # fmt: skip
+
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (_f16, _bf16, _f64)}
+
+# instance norm; every case runs contiguous and channels last, by statistics of its own and by running ones
+_CHANNELS = {
+    "1d": Case("(N, C, L)", (3, 6, 11)),
+    "2d": Case("images", (2, 6, 5, 7), residual="contiguous", activation="silu"),
+    "3d": Case("volumes", (2, 12, 3, 4, 5), activation="leaky_relu"),
+    "S2": Case("two positions: x_hat = +-1", (4, 24, 2)),
+    "C1": Case("one channel", (3, 1, 9, 9)),
+    "C3": Case("an RGB image", (2, 3, 31, 17), activation="relu"),
+    "C20": Case("channels no power of two", (3, 20, 9, 11)),
+    "C33": Case("odd channels", (2, 33, 15, 14), activation="silu", residual="contiguous"),
+    "C64": Case("a style transfer network", (2, 64, 24, 24), activation="relu"),
+    "C320": Case("many channels, short rows", (2, 320, 7, 5)),
+    "C1030": Case("more channels than a block", (1, 1030, 3, 3), bias=None),
+    "N1": Case("one sample", (1, 12, 13, 14), weight=None),
+    "no_affine": Case("torch's default", (3, 7, 6, 6), weight=None, bias=None),
+    "many_samples": Case("many samples", (130, 8, 3), activation="silu"),
+    "long": Case("planes above 64K elements, few of them", (1, 2, 301, 300), activation="silu"),
+    "large_S": Case("large planes, odd", (1, 5, 131, 127), residual="contiguous"),
+    "NC": Case("weight and bias per sample", (3, 6, 7, 5), weight="NC", bias="NC", activation="silu"),
+    "modulation": Case("scale and shift", (3, 6, 4, 4), scale=True, shift=True, residual="contiguous", activation="gelu"),
+    "mixed": Case("parameters in another dtype", (2, 12, 6, 6), dtype=_bf16, affine_dtype=_f32, activation="silu"),
+    "narrow": Case("narrow parameters", (2, 12, 6, 6), affine_dtype=_bf16),
+    "out_f32": Case("16-bit x, float32 y", (2, 12, 6, 6), dtype=_f16, out_dtype=_f32, residual="contiguous", activation="silu"),
+    "dy_scalar": Case("y.sum().backward()", (2, 6, 5, 5), dy="scalar", activation="silu"),
+    "offset": Case("misaligned", (2, 8, 8, 8), "offset", activation="silu"),
+    "eps_zero": Case("eps = 0", (3, 6, 4, 4), eps=0.0),
+    **{name: Case("dtype", (3, 12, 7, 5), dtype=dtype, residual="contiguous", activation="silu") for name, dtype in _DTYPES.items()},
+}  # fmt: skip
+
+# layer and RMS norm over the last dimensions; every case runs for both, alone and after an addition
+_ROWS = {
+    "rank1": Case("one row, no other dimension", (19,)),
+    "one_row": Case("one row", (1, 77)),
+    "rank3": Case("(B, T, C)", (3, 5, 24), activation="silu"),
+    "rank5": Case("many leading dimensions", (2, 3, 1, 2, 20)),
+    "last_2": Case("two dimensions", (3, 4, 5, 6), ndim=2, activation="silu"),
+    "last_3": Case("three dimensions", (3, 4, 5, 6), ndim=3),
+    "all": Case("all dimensions: one row", (4, 5, 6), ndim=3),
+    **{f"D{length}": Case("lengths around vectors and blocks", (5, length), activation="silu" if length % 8 in (0, 3) else "none")
+       for length in (1, 2, 3, 4, 7, 8, 15, 17, 31, 33, 64, 65, 129, 257, 1000, 1023, 4097)},
+    "tiny_rows": Case("thousands of rows of a few elements", (3001, 5), activation="silu"),
+    "qk_norm": Case("heads of 128", (2, 6, 70, 128), weight_offset=1.0),
+    "many_rows": Case("more rows than sums are kept apart for", (1111, 24)),
+    "transformer": Case("a small language model", (2, 33, 768), activation="silu"),
+    "long_row": Case("one row above 64K elements", (1, 70001), activation="silu"),
+    "long_rows": Case("several of them", (9, 65539)),
+    "no_affine": Case("weight and bias absent", (6, 40), weight=None, bias=None, activation="silu"),
+    "no_weight": Case("bias alone", (6, 40), weight=None),
+    "no_bias": Case("weight alone", (6, 40), bias=None),
+    "no_weight_offset": Case("an offset without weight is ignored", (6, 40), weight=None, bias=None, weight_offset=1.0),
+    "offset_1": Case("weight stored around zero", (4, 6, 40), weight_offset=1.0, activation="silu"),
+    "offset_modulation": Case("the same under a modulation", (4, 6, 40), weight_offset=1.0, scale=True, shift=True),
+    "offset_bf16": Case("the same in 16 bits: the sum is not rounded", (4, 6, 40), weight_offset=1.0, dtype=_bf16),
+    "adaLN": Case("scale and shift without affine", (3, 7, 24), weight=None, bias=None, scale=True, shift=True),
+    "adaLN_affine": Case("scale and shift of an affine norm", (3, 7, 24), scale=True, shift=True, activation="gelu"),
+    "adaLN_last_2": Case("the same over two dimensions", (3, 7, 4, 6), ndim=2, scale=True, shift=True),
+    "adaLN_N1": Case("one sample", (1, 7, 24), scale=True, shift=True),
+    "adaLN_rank2": Case("one row for each sample", (5, 24), scale=True, shift=True),
+    "scale_only": Case("no shift", (3, 7, 24), bias=None, scale=True),
+    "shift_only": Case("no scale", (3, 7, 24), shift=True),
+    "mixed": Case("parameters kept in float32", (5, 4, 48), dtype=_bf16, affine_dtype=_f32, activation="silu"),
+    "mixed_adaLN": Case("16-bit modulation in float32", (5, 4, 48), dtype=_f16, affine_dtype=_f32, scale=True, shift=True),
+    "narrow": Case("narrow parameters", (5, 48), affine_dtype=_bf16),
+    "wide": Case("wide parameters", (5, 48), affine_dtype=_f64),
+    "f64_narrow": Case("float64 x, 16-bit parameters", (5, 48), dtype=_f64, affine_dtype=_f16),
+    "out_f32": Case("16-bit x, float32 y", (5, 4, 48), dtype=_bf16, out_dtype=_f32, activation="silu"),
+    "out_f32_residual": Case("the same with residual", (5, 4, 48), dtype=_f16, out_dtype=_f32, residual="contiguous", activation="silu"),
+    "residual": Case("residual without activation", (5, 4, 24), residual="contiguous"),
+    "residual_silu": Case("residual and activation", (5, 4, 24), residual="contiguous", activation="silu"),
+    "residual_transposed": Case("residual in another layout", (5, 4, 24), residual="transposed", activation="silu"),
+    "dy_scalar": Case("y.sum().backward()", (5, 4, 24), dy="scalar", activation="silu"),
+    "dy_transposed": Case("dy in another layout than x", (5, 4, 24), dy="transposed"),
+    "large_eps": Case("eps counts", (5, 24), eps=0.7),
+    "eps_zero": Case("eps = 0", (5, 24), eps=0.0),
+    "small_values": Case("squares below eps", (5, 24), mean=0.0, std=1e-4),
+    "bf16_long": Case("16-bit sums over many elements", (3, 16641), dtype=_bf16, activation="silu"),
+    "bf16_offset": Case("misaligned 16-bit rows", (9, 64), "offset", dtype=_bf16, activation="silu"),
+    **{layout: Case("layout", (4, 6, 5, 8), 1, layout, activation="silu") for layout in LAYOUTS if layout not in ("contiguous", "scalar")},
+    **{name: Case("dtype", (3, 7, 33), dtype=dtype, scale=True, shift=True, activation="silu") for name, dtype in _DTYPES.items()},
+    **{name: Case("activation", (3, 7, 20), residual="contiguous", activation=name) for name in ACTIVATIONS},
+}  # fmt: skip
+
+# layer and RMS norm over dimension 1; every case runs for both, contiguous and channels last
+_ACROSS = {
+    "1d": Case("(N, C, L)", (3, 6, 11), activation="silu"),
+    "2d": Case("images", (2, 8, 5, 7), residual="contiguous", activation="gelu"),
+    "3d": Case("volumes", (2, 10, 3, 4, 5)),
+    "rank2": Case("no spatial dimension: over the last one", (7, 24)),
+    "S1": Case("one position", (4, 32, 1, 1), activation="silu"),
+    "S2": Case("two positions", (4, 24, 2)),
+    "C1": Case("rows of one element: y = bias", (3, 1, 5, 5)),
+    "C3": Case("three channels, odd positions", (2, 3, 31, 17)),
+    "C5": Case("odd channels", (2, 5, 13, 13), activation="silu"),
+    "C33": Case("odd channels, many positions", (2, 33, 19, 23), residual="contiguous", activation="silu"),
+    "C96": Case("the first stage of ConvNeXt", (2, 96, 14, 14)),
+    "C770": Case("its last stage, odd", (2, 770, 7, 7), activation="silu"),
+    "C4099": Case("more channels than a block holds", (2, 4099, 3)),
+    "C70001": Case("statistics over more than 64K elements", (1, 70001, 2)),
+    "large_S": Case("few channels, many positions", (1, 4, 257, 255), activation="silu"),
+    "N1": Case("one sample", (1, 24, 9, 9)),
+    "many_samples": Case("many samples of few positions", (131, 12, 3)),
+    "no_affine": Case("weight and bias absent", (2, 12, 6, 5), weight=None, bias=None, activation="silu"),
+    "no_weight": Case("bias alone", (2, 12, 6, 5), weight=None),
+    "no_bias": Case("weight alone, stored around zero", (2, 12, 6, 5), bias=None, weight_offset=1.0),
+    "modulation": Case("scale and shift", (3, 12, 6, 5), scale=True, shift=True, residual="contiguous", activation="silu"),
+    "modulation_N1": Case("the same for one sample", (1, 12, 6, 5), weight=None, bias=None, scale=True, shift=True),
+    "mixed": Case("parameters kept in float32", (2, 12, 6, 5), dtype=_bf16, affine_dtype=_f32, activation="silu"),
+    "narrow": Case("narrow parameters", (2, 12, 6, 5), affine_dtype=_f16),
+    "out_f32": Case("16-bit x, float32 y", (2, 12, 6, 5), dtype=_bf16, out_dtype=_f32, residual="contiguous"),
+    "dy_scalar": Case("y.sum().backward()", (2, 6, 5, 5), dy="scalar", activation="silu"),
+    "dy_other": Case("dy in the other layout", (2, 6, 5, 4), dy="channels_last"),
+    "offset": Case("misaligned", (2, 16, 8, 8), 1, "offset", dtype=_bf16, activation="silu"),
+    "eps_zero": Case("eps = 0", (2, 12, 6, 5), eps=0.0),
+    **{name: Case("dtype", (3, 20, 7, 5), dtype=dtype, residual="contiguous", activation="silu") for name, dtype in _DTYPES.items()},
+}  # fmt: skip
+
+
+def _images(case: Case, **fields) -> dict[str, Case]:
+    """In both memory orders, the residual like x."""
+    first = replace(case, **fields)
+    last = "channels_last" if case.layout == "contiguous" else f"channels_last_{case.layout}"
+    dy = "contiguous" if case.dy == "channels_last" else case.dy
+    return {"cf": first, "cl": replace(first, layout=last, residual=case.residual and "channels_last", dy=dy)}
+
+
+def _any_layout(shape: tuple[int, ...], **fields) -> dict[str, Case]:
+    """What is read in place and what is packed."""
+    skipped = ("contiguous", "channels_last", "scalar", "expanded_positions" if fields["norm"] == "instance_norm" else "expanded_channels")
+    return {layout: Case("layout", shape, 1, layout, activation="silu", **fields) for layout in LAYOUTS if layout not in skipped}
+
+
+_IMAGES = {  # prefix -> cases, fields
+    "instance": (_CHANNELS, {"norm": "instance_norm"}),
+    "frozen": (_CHANNELS, {"norm": "instance_norm", "frozen": True}),
+    "layer": (_ACROSS, {"norm": "layer_norm", "ndim": 0}),
+    "rms": (_ACROSS, {"norm": "rms_norm", "ndim": 0}),
+}
+_LAST = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+
+NORM_CASES = {
+    **{f"{prefix}_{name}_{order}": case for prefix, (cases, fields) in _IMAGES.items() for name, one in cases.items()
+       for order, case in _images(one, **fields).items()},
+    **{f"{prefix}_layout_{name}": case for prefix, (_, fields) in _IMAGES.items() for name, case in _any_layout((4, 6, 5, 8), **fields).items()},
+    **{f"{norm}_{name}": replace(case, norm=norm, residual=case.residual or ("contiguous" if "add" in norm else None))
+       for norm in _LAST for name, case in _ROWS.items()},
+    "frozen_S1": Case("one position", (4, 24, 1, 1), norm="instance_norm", frozen=True, activation="silu"),
+    "frozen_S1_NC": Case("one position, vectors per sample", (4, 24, 1), norm="instance_norm", frozen=True, weight="NC", bias="NC"),
+    "frozen_rank2": Case("no spatial dimension", (4, 24), norm="instance_norm", frozen=True, residual="contiguous", activation="silu"),
+    "rms_eps_None": Case("float32's epsilon", (5, 24), norm="rms_norm", eps=None, mean=0.0, std=1e-4),
+    "rms_eps_None_bf16": Case("float32's epsilon in 16 bits", (5, 24), norm="rms_norm", eps=None, mean=0.0, std=1e-4, dtype=_bf16),
+    "rms_eps_None_f64": Case("float64's epsilon", (5, 24), norm="rms_norm", eps=None, mean=0.0, std=1e-8, dtype=_f64),
+    "add_rms_eps_None": Case("float32's epsilon", (5, 24), norm="add_rms_norm", residual="contiguous", eps=None, mean=0.0, std=1e-4),
+    **{f"adain_{name}_{order}": case for name, one in {
+        "2d": Case("other positions in the style", (2, 6, 5, 7), style=(4, 9)),
+        "1d": Case("a style of another rank", (2, 6, 11), style=(4, 3)),
+        "fused": Case("residual and activation", (2, 20, 9, 8), style=(8, 8), residual="contiguous", activation="relu"),
+        "style_f32": Case("a style in another dtype", (2, 12, 6, 6), style=(7, 5), dtype=_bf16, affine_dtype=_f32),
+        "style_f16": Case("the other way round", (2, 12, 6, 6), style=(7, 5), affine_dtype=_f16, activation="silu"),
+        "long": Case("large planes", (1, 3, 131, 127), style=(260, 255)),
+        "bf16": Case("16 bits", (2, 12, 6, 6), style=(6, 6), dtype=_bf16),
+        "f64": Case("float64", (2, 12, 6, 6), style=(6, 6), dtype=_f64, activation="gelu"),
+    }.items() for order, case in _images(one, norm="adaptive_instance_norm").items()},
+}  # fmt: skip
+
+# one of each way to compute: what the properties of every norm run on
+KINDS = {
+    "group_norm": {},
+    "group_norm_cl": {"layout": "channels_last"},
+    "instance_norm": {"norm": "instance_norm"},
+    "instance_norm_cl": {"norm": "instance_norm", "layout": "channels_last"},
+    "frozen": {"norm": "instance_norm", "frozen": True},
+    "frozen_cl": {"norm": "instance_norm", "frozen": True, "layout": "channels_last"},
+    "layer_norm": {"norm": "layer_norm"},
+    "layer_norm_cf": {"norm": "layer_norm", "ndim": 0},
+    "layer_norm_cl": {"norm": "layer_norm", "ndim": 0, "layout": "channels_last"},
+    "rms_norm": {"norm": "rms_norm"},
+    "rms_norm_cf": {"norm": "rms_norm", "ndim": 0},
+    "rms_norm_cl": {"norm": "rms_norm", "ndim": 0, "layout": "channels_last"},
+    "add_layer_norm": {"norm": "add_layer_norm"},
+    "add_rms_norm": {"norm": "add_rms_norm"},
+}
+ADAPTIVE = {  # which has no parameters
+    "adaptive_instance_norm": {"norm": "adaptive_instance_norm", "style": (3,)},
+    "adaptive_instance_norm_cl": {"norm": "adaptive_instance_norm", "style": (3,), "layout": "channels_last"},
+}
+
+
+def case_of(kind: str, why: str, shape: tuple[int, ...], groups: int = 2, residual: bool = False, **fields) -> Case:
+    """The call of this kind nearest to a group norm of `shape`: rows over the last dimension have as many elements as its groups."""
+    case = Case(why, shape, groups, residual="", **(KINDS | ADAPTIVE)[kind] | fields)
+    if case.trailing:
+        case = replace(case, shape=(shape[0], groups, math.prod(shape[1:]) // groups))
+    return replace(case, residual=case.layout if residual or "add" in case.norm else None)
+
+
+def grid(kinds: Iterable[str], **shapes: tuple[int, ...]) -> pytest.MarkDecorator:
+    """Every kind with every shape in which it has a result; instance norm by statistics of one position has none."""
+    pairs = {
+        f"{kind}-{name}": (kind, shape) for kind in kinds for name, shape in shapes.items() if "instance" not in kind or math.prod(shape[2:]) != 1
+    }
+    return pytest.mark.parametrize("kind, shape", pairs.values(), ids=pairs)

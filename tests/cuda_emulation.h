@@ -1,4 +1,4 @@
-// Runs the CUDA sources on the CPU: stands in for cuda_runtime.h when g++ compiles csrc/cuda/group_norm.cu, unchanged, as C++.
+// Runs the CUDA sources on the CPU: stands in for cuda_runtime.h when g++ compiles csrc/cuda/*.cu, unchanged, as C++.
 //
 // Blocks run one after another. The threads of a block are fibers that run until they meet a barrier (__syncthreads) or a warp operation
 // (__shfl_xor_sync), and go on when all of their block or warp are there. A barrier that some threads never reach stops the program, with
@@ -23,7 +23,7 @@
 #define __global__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -33,7 +33,7 @@ struct dim3 {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace normops {
-alignas(16) double shared_memory[6144];  // 48 KiB
+alignas(16) inline double shared_memory[6144];  // 48 KiB
 }
 
 using std::isfinite;
@@ -168,7 +168,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 // what torch has for CUDA only, and for tensors on a GPU; and a workspace full of NaN
 extern "C" {
-AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t type, int32_t device,
+inline AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t type, int32_t device,
                                         AtenTensorHandle* made) {
   static const auto torchs = reinterpret_cast<decltype(&aoti_torch_empty_strided)>(dlsym(RTLD_NEXT, "aoti_torch_empty_strided"));
   const AOTITorchError error = torchs(ndim, sizes, strides, dtype, type, device, made);
@@ -178,17 +178,17 @@ AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, cons
   if (bytes) std::memset(data, 0xff, static_cast<size_t>(bytes));
   return 0;
 }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
 }
-AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+inline AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = nullptr;
   return 0;
 }
-AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
+inline AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** message) {
   *message = error ? strdup("emulation: bad launch") : nullptr;
   return 0;
 }
-void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
+inline void torch_c10_cuda_free_error_msg(char* message) { std::free(message); }
 }

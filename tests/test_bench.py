@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accuracy, gate, report, run, shapes, timing
-from bench.methods import HOST, NORMS, PENALTY, minimum_bytes
+from bench import accuracy, gate, nnunet, norms, report, run, shapes, timing
+from bench.methods import HOST, PENALTY, methods
+from bench.norms import NORMS, minimum_bytes
 
 ROOT = Path(__file__).parent.parent
-CASE = shapes.Case("group_norm", "test/2x6x5/silu", (2, 6, 5), "fp32", "NCHW", 3, "silu", 1e-5, 1, "")
+CASE = shapes.Case("group_norm", "test/2x6x5/silu", (2, 6, 5), "fp32", "NCHW", "silu", 1e-5, 1, "", groups=3)
 PLAN = run.Plan("cpu", (1,), budget=0.0, compile="none")
 
 
@@ -41,8 +42,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
 def test_a_wrong_method_gets_no_speed(monkeypatch, damage):
-    norm = NORMS["group_norm"]
-    monkeypatch.setitem(NORMS, "group_norm", replace(norm, ours=lambda case: lambda *leaves: damage(norm.eager(case)(*leaves))))
+    monkeypatch.setitem(
+        NORMS, "group_norm", replace(NORMS["group_norm"], ours=lambda case: lambda *leaves, **options: damage(norms.eager(case)(*leaves)))
+    )
     rows = run.measure(CASE, PLAN)
     ours = [row for row in rows if row["method"] == "ours"]
     assert len(ours) == 3
@@ -53,8 +55,6 @@ def test_a_wrong_method_gets_no_speed(monkeypatch, damage):
 
 
 def test_a_wrong_double_backward_gets_no_speed(monkeypatch):
-    norm = NORMS["group_norm"]
-
     class Once(torch.autograd.Function):  # right forward and backward; its backward forgets how dy depends on x
         @staticmethod
         def forward(ctx, y):
@@ -64,10 +64,19 @@ def test_a_wrong_double_backward_gets_no_speed(monkeypatch):
         def backward(ctx, dy):
             return dy + 0.01 * (dy.detach() - dy)
 
-    monkeypatch.setitem(NORMS, "group_norm", replace(norm, eager=lambda case: lambda x, *rest: Once.apply(norm.ours(case)(Once.apply(x), *rest))))
+    monkeypatch.setitem(
+        NORMS, "group_norm", replace(NORMS["group_norm"], eager=lambda case: lambda x, *rest: Once.apply(norms.ours(case)(Once.apply(x), *rest)))
+    )
     rows = {row["method"]: row for row in run.measure(PENALTY, PLAN)}
     assert rows["eager"]["status"].startswith("WRONG: d2x")
     assert rows["ours"]["status"] == "ok"
+
+
+def exact_of(case):
+    """The inputs of a case, dy and the float64 results."""
+    inputs = {name: value.requires_grad_() for name, value in norms.inputs(case, "cpu").items()}
+    dy = gate.upstream(case, inputs)
+    return inputs, dy, gate.truth(case, inputs, dy)
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -76,19 +85,45 @@ def test_a_wrong_double_backward_gets_no_speed(monkeypatch):
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_method_passes_the_gate(act, dtype, layout, residual):
     case = replace(CASE, shape=(3, 6, 4, 5), act=act, dtype=dtype, layout=layout, residual=residual)
-    norm = NORMS[case.norm]
-    inputs = {name: value.requires_grad_() for name, value in norm.inputs(case, "cpu").items()}
-    dy = gate.upstream(case, inputs)
-    exact = gate.truth(case, inputs, dy)
-    for method in (norm.ours, norm.eager):
-        assert gate.wrong(case, method(case), inputs, dy, exact) == ""
+    expected = exact_of(case)
+    for call in methods(case).values():
+        assert gate.wrong(case, call, *expected) == {}
+
+
+LAYOUTS = [(norm, "row") for norm in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")]
+LAYOUTS += [(norm, layout) for norm in ("instance_norm", "adaptive_instance_norm", "layer_norm", "rms_norm") for layout in ("NCHW", "NHWC")]
+
+
+@pytest.mark.parametrize("options", [{}, {"act": "leaky_relu", "residual": True}, {"affine": False}], ids=["plain", "fused", "not affine"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("norm", "layout"), LAYOUTS)
+def test_every_method_of_every_norm_passes_the_gate(norm, layout, dtype, options):
+    if "residual" in options and norm.startswith("add_"):
+        pytest.skip("the sum is this norm's residual")
+    case = replace(CASE, norm=norm, shape=(7, 24) if layout == "row" else (3, 6, 4, 5), dtype=dtype, layout=layout, **({"act": "none"} | options))
+    expected = exact_of(case)
+    found = methods(case)
+    assert ("manual" in found) == (norm in ("adaptive_instance_norm", "rms_norm") or (norm, layout != "row") == ("layer_norm", True))
+    for call in found.values():
+        assert gate.wrong(case, call, *expected) == {}
+
+
+def test_a_rival_may_lose_digits_of_sums_only():
+    case = replace(CASE, act="none")
+    expected = exact_of(case)
+
+    def call(x, weight, bias):  # its dweight is off by a tenth
+        return norms.eager(case)(x, 1.1 * weight - 0.1 * weight.detach(), bias)
+
+    assert gate.verdict(case, call, *expected, True).startswith("inaccurate: dweight")
+    assert gate.verdict(case, call, *expected, False).startswith("WRONG: dweight")
+    assert gate.verdict(case, lambda x, *vectors: call(1.1 * x - 0.1 * x.detach(), *vectors), *expected, True).startswith("WRONG: dx")
 
 
 def test_truth_in_parts_is_the_truth(monkeypatch):
     case = replace(CASE, shape=(5, 6, 7), dtype="fp64")
-    inputs = {name: value.requires_grad_() for name, value in NORMS[case.norm].inputs(case, "cpu").items()}
-    dy = torch.randn(case.shape, dtype=torch.float64)
-    whole = gate.truth(case, inputs, dy).values
+    inputs, dy, exact = exact_of(case)
+    whole = exact.values
     monkeypatch.setattr(gate, "CHUNK", 2 * 6 * 7)
     for name, value in gate.truth(case, inputs, dy).values.items():
         torch.testing.assert_close(value, whole[name])
@@ -107,6 +142,13 @@ def test_minimum_bytes(act, residual, forward, backward):
     assert minimum_bytes(case, "fwd+bwd") == (forward + backward) * size
 
 
+@pytest.mark.parametrize(("norm", "forward", "backward"), [("instance_norm", 2, 3), ("adaptive_instance_norm", 3, 5), ("add_rms_norm", 4, 4)])
+def test_minimum_bytes_of_other_norms(norm, forward, backward):
+    case = replace(CASE, norm=norm, shape=(2, 4), act="none")
+    assert minimum_bytes(case, "forward") == forward * case.nbytes
+    assert minimum_bytes(case, "fwd+bwd") == (forward + backward) * case.nbytes
+
+
 def test_scale():
     assert shapes.scale((8, 64, 7, 9), 2**20) == (2, 64, 7, 9)
     assert shapes.scale((2, 64, 128, 64), 2**20) == (2, 64, 32, 64)
@@ -114,21 +156,35 @@ def test_scale():
     assert shapes.scale((1, 2**20, 1), 2**20) == (1, 2**20, 1)  # nothing left to halve
 
 
-def test_the_grid():
-    cases = shapes.load("group_norm")
-    names = {case.name for case in cases}
-    assert names >= {*shapes.REPRESENTATIVE, *shapes.LARGE, *shapes.COMPILED}
-    assert all(case.src and not case.shape[1] % case.groups for case in cases)
-    cpu = shapes.grid("group_norm", "cpu")
-    limits = {case.name: shapes.LARGE_LIMIT if case.name in shapes.LARGE else shapes.LIMIT for case in cpu}
-    assert all(4 * case.numel <= limits[case.name] for case in cpu)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_grid(norm):
+    cases = shapes.load(norm)
+    found = {case.name: case for case in cases}
+    assert shapes.names(norm, shapes.REPRESENTATIVE)
+    assert all(case.src and (norm != "group_norm" or not case.shape[1] % case.groups) for case in cases)
+    assert len({(case.name, case.dtype, case.layout) for case in cases}) == len(cases), "the report tells cases apart by these"
+    cpu = shapes.grid(norm, "cpu")
+    for case in cpu:
+        limit = shapes.LARGE_LIMIT if case.name in shapes.LARGE else shapes.LIMIT
+        assert 4 * case.numel <= limit or case.shape[0] == 1
+        assert case.act == found[case.name].act
     assert {case.dtype for case in cpu} == set(shapes.CPU_DTYPES)
-    assert {case.shape for case in shapes.grid("group_norm", "cuda", "tiny")} <= {case.shape for case in cases if case.name.startswith("tiny/")}
 
 
-def test_layouts():
-    for case in shapes.grid("group_norm", "cpu", quick=True):
-        x = NORMS[case.norm].inputs(case, "cpu")["x"]
+def test_every_chosen_name_is_a_case():
+    for chosen in (shapes.REPRESENTATIVE, shapes.LARGE, shapes.COMPILED):
+        assert sorted(name for norm in NORMS for name in shapes.names(norm, chosen)) == sorted(chosen)
+
+
+def test_a_pattern_chooses_cases():
+    every = shapes.load("group_norm")
+    assert {case.shape for case in shapes.grid("group_norm", "cuda", "tiny")} == {case.shape for case in every if case.name.startswith("tiny/")}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layouts(norm):
+    for case in shapes.grid(norm, "cpu", quick=True):
+        x = norms.inputs(case, "cpu")["x"]
         assert x.shape == case.shape
         assert (x if case.layout != "NHWC" else x.movedim(1, -1)).is_contiguous()
 
@@ -166,13 +222,66 @@ def test_replace_between_markers():
         report.replace(text, "bench:absent", "")
 
 
-def test_accuracy_table(monkeypatch):
+def test_the_readme_holds_the_tables_of_the_csv_files():
+    readme = (ROOT / "README.md").read_text()
+    for norm in NORMS:
+        if files := sorted((ROOT / "bench" / "results").glob(f"{norm}_*.csv")):
+            content = "\n\n".join(map(report.tables, files))
+            assert report.replace(readme, f"bench:{norm}", content) == readme, f"python -m bench.report was not run after python -m bench {norm}"
+
+
+def test_every_norm_has_its_place_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for marker in [f"bench:{name}" for name in (*NORMS, "summary", "nnunet")] + [f"accuracy:{name}" for name in accuracy.OPS]:
+        report.replace(readme, marker, "")
+
+
+def test_goals_and_summary(tmp_path):
+    row = dict.fromkeys(run.FIELDS, "") | {
+        "op": "instance_norm",
+        "threads": "2",
+        "act": "none",
+        "status": "ok",
+        "timer": "wall",
+        "direction": "fwd+bwd",
+    }
+    row |= {"shape": "2x8x4x4x4", "name": "m/2x8x4x4x4/none", "direction": "fwd+bwd"}
+    times = {("fp32", "NCHW"): 3, ("fp32", "NHWC"): 12, ("bf16", "NHWC"): 0.5}
+    both = [row | {"dtype": dtype, "layout": layout} for dtype, layout in times]
+    rows = [each | {"method": "ours", "median_us": "1"} for each in both]
+    rows += [each | {"method": "eager", "median_us": str(times[each["dtype"], each["layout"]])} for each in both]
+    lines = report._goals(rows).splitlines()[4:]
+    assert lines == [
+        "| channels last | fwd+bwd | 5 | bf16 0.50, fp32 12.00 |",
+        "| contiguous | fwd+bwd | 2 | fp32 3.00 |",
+        "| 3-D | fwd+bwd | 2.5 | bf16 0.50, fp32 6.00 |",
+        "| bf16 | forward, backward, fwd+bwd | 2 | bf16 0.50 |",
+    ]
+    path = tmp_path / "instance_norm_x.csv"
+    run.write(path, {"machine": "m", "cores": "2", "torch": "t", "backend": "cpu"}, [rows])
+    text = report.summary([path])
+    assert "| instance_norm | fp32 | NHWC | 1 |  |  | 12.00 | 0 of 1 | 12.00 |" in text
+    assert "| instance_norm | bf16 | NHWC | 1 |  |  | 0.50 | 1 of 1 | 0.50 |" in text
+
+
+@pytest.mark.parametrize("op", accuracy.OPS)
+def test_accuracy_table(monkeypatch, op):
     monkeypatch.setattr(accuracy, "RATIOS", {"fp32": (0, 10)})
-    rows = accuracy.measure("group_norm", "cpu")
+    monkeypatch.setattr(accuracy, "SHAPES", {"NCHW": (2, 8, 16, 16), "NHWC": (2, 8, 16, 16), "row": (8, 64)})
+    rows = accuracy.measure(op, "cpu")
+    results = [name for name in rows[0] if name not in accuracy.FIELDS]
+    assert {"y", "dx"} <= set(results)
     assert {row["method"] for row in rows} >= {"torch", "normops reference"}
-    assert all(float(row[name]) < 1e-6 for row in rows if row["method"] != "torch" for name in accuracy.RESULTS)
+    assert all(float(row[name]) < 1e-6 for row in rows if row["method"] != "torch" for name in results)
     text = accuracy.table(rows, {"backend": "reference", "torch": "x", "machine": "y"})
-    assert text.count("| fp32 |") == 4
+    assert text.count("| fp32 |") == (6 if op in ("layer_norm", "rms_norm") else 4)
+
+
+def test_nnunet():
+    rows = [row for layout in nnunet.LAYOUTS for row in nnunet.measure((1, 3, 6, 5, 4), "fp32", layout, 0.0)]
+    assert all(row["norm_gives"] == nnunet.LAYOUTS[row["layout"]] for row in rows if row["method"] == "normops")
+    text = nnunet.table(rows, {"machine": "m", "cores": "2", "torch": "t", "backend": "cpu"})
+    assert text.count("| 1x3x6x5x4 | fp32 |") == 2
 
 
 def test_command_line(tmp_path):
@@ -182,7 +291,7 @@ def test_command_line(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    python("bench", "--quick", "--device", "cpu", "--shapes", "tiny/[12]*", "--threads", "1", "--out", str(tmp_path))
+    python("bench", "group_norm", "--quick", "--device", "cpu", "--shapes", "tiny/[12]*", "--threads", "1", "--out", str(tmp_path))
     (path,) = tmp_path.glob("group_norm_cpu_*.csv")
     facts, rows = run.read(path)
     assert {"machine", "torch", "normops", "backend", "grid", "compile"} <= facts.keys()
@@ -195,10 +304,11 @@ def test_command_line(tmp_path):
         assert float(row["q20_us"]) <= float(row["median_us"]) <= float(row["q80_us"])
         assert float(row["gb_s"]) == pytest.approx(int(row["min_bytes"]) / float(row["median_us"]) / 1e3, rel=1e-3)
     readme = tmp_path / "README.md"
-    readme.write_text("# title\n<!-- bench:group_norm -->\n<!-- /bench -->\nend\n")
+    readme.write_text("# title\n<!-- bench:group_norm -->\n<!-- /bench -->\n<!-- bench:summary -->\n<!-- /bench -->\nend\n")
     python("bench.report", "--results", str(tmp_path), "--readme", str(readme))
     text = readme.read_text()
     assert text.startswith("# title\n<!-- bench:group_norm -->\n**")
+    assert "| group_norm | bf16 | NCHW | 2 |" in text
     assert text.endswith("<!-- /bench -->\nend\n")
     assert "| fp32 | NCHW | 1 | 2 |" in text
 

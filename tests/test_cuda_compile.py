@@ -1,29 +1,37 @@
-"""The CUDA backend without a GPU: every kernel compiles with nvcc and stays in registers, and the same sources, compiled as C++, compute group norm.
+"""The CUDA backend without a GPU: every kernel compiles with nvcc and stays in registers, and the same sources, compiled as C++, compute the norms.
 
 ``cuda_emulation.h`` says what the second part can see and what it cannot.
 """
 
 import inspect
+import math
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
-import test_group_norm as bodies
+import test_norms as norms
+import test_numerics as numerics
 import torch
-from cases import CASES, Inputs, check
+from cases import FLOOR, KINDS, Inputs, check, roundoff
+from test_norms import ALL
+from torch import Tensor
 
-import normops
-from normops import backends
+from normops import backends, reference
+from normops.reference import accumulator
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "csrc/cuda/group_norm.cu"
+SOURCES = {"group_norm": 100, "row_norm": 40}  # and how many kernels there are at least
 STANDARD = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
 TORCH = Path(torch.__file__).parent
-INCLUDES = [f"-I{path}" for path in (TORCH / "include", sysconfig.get_path("include"), ROOT / "csrc/cuda")]
+INCLUDES = [f"-I{path}" for path in (TORCH / "include", sysconfig.get_path("include"))]
 ARCHITECTURES = ("80", "90", "100")
 MAX_REGISTERS = 128  # two blocks of 256 threads for each SM
 
@@ -36,49 +44,255 @@ def run(command: list[str], **options) -> str:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="no Python headers")
-def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SOURCES)
+def test_kernels_compile_for_every_architecture(name: str, tmp_path: Path) -> None:
     """No warnings, no spills, no local memory. (The host code is compiled with all warnings below.)
 
-    All from the PTX of the oldest one, to be quick. On their own for sm_100, three kernels for double spill one register.
+    All from the PTX of the oldest one, to be quick.
     """
     code = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
     flags = ["-O3", *STANDARD, f"-gencode=arch=compute_{ARCHITECTURES[0]},code=[{code}]", "-Xptxas=-v", "--threads=2"]
-    log = run(["nvcc", *flags, *INCLUDES, "-fatbin", SOURCE, "-o", tmp_path / "group_norm.fatbin"])
+    log = run(["nvcc", *flags, *INCLUDES, "-fatbin", ROOT / f"csrc/cuda/{name}.cu", "-o", tmp_path / f"{name}.fatbin"])
     assert "warning" not in log, log
     found = re.findall(r"entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers", log, re.S)
     kernels = {arch: {name for name, of, *_ in found if of == arch} for arch in ARCHITECTURES}
-    assert len(kernels["80"]) > 100 and kernels["80"] == kernels["90"] == kernels["100"]
+    assert len(kernels["80"]) > SOURCES[name] and kernels["80"] == kernels["90"] == kernels["100"]
     assert not [entry for entry in found if int(entry[2]) or int(entry[3]) or int(entry[4]) > MAX_REGISTERS]
 
 
-# the split kernels need large tensors; here they run on all sizes, with tiles of several steps
+# some kernels and loops need large tensors; here they run on all sizes, with tiles and chunks of several steps
 VARIANTS = {
     "as_built": {},
-    "split": {"kGroupBytes = 32 << 10": "kGroupBytes = 0", "kBlocks = 2048": "kBlocks = 1", "kMaxSteps = 64": "kMaxSteps = 4"},
+    "split": {
+        "kGroupBytes = 32 << 10": "kGroupBytes = 0",
+        "kBlocks = 2048": "kBlocks = 1",
+        "kMaxSteps = 64": "kMaxSteps = 4",
+        "kRowBytes = 32 << 10": "kRowBytes = 4 << 10",
+        "kRowBlocks = 512": "kRowBlocks = 1",
+        "kMaxRows = 256": "kMaxRows = 4",
+    },
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """``torch.ops`` namespace of the CUDA sources on CPU tensors, and the function to put in place of ``backends.run``."""
+def build(variant: str, folder: Path):
+    """``torch.ops`` namespace of the CUDA sources on CPU tensors."""
     compiler = shutil.which("g++")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("no g++ on Linux, which has what the emulation is made of")
-    folder = tmp_path_factory.mktemp(request.param)
-    namespace = f"normops_emulated_{request.param}"
-    text = SOURCE.read_text()
-    for old, new in {"normops_CUDA, CUDA": "normops_CUDA, CPU", "normops_CUDA": namespace, **VARIANTS[request.param]}.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    (folder / "group_norm.cpp").write_text(text)
+    namespace, replaced = f"normops_emulated_{variant}", set()
+    (folder / "cuda").mkdir()
+    shutil.copy(ROOT / "csrc/algebra.h", folder)
+    for path in (ROOT / "csrc/cuda").iterdir():
+        text = path.read_text()
+        for old, new in {"normops_CUDA, CUDA": "normops_CUDA, CPU", "normops_CUDA": namespace, **VARIANTS[variant]}.items():
+            replaced |= {old} if old in text else set()
+            text = text.replace(old, new)
+        (folder / "cuda" / path.name).write_text(text)
+    assert replaced >= set(VARIANTS[variant])
     (folder / "cuda_runtime.h").write_text('#include "cuda_emulation.h"\n')
     library = folder / "emulated.so"
-    flags = "-O1 -march=native -fPIC -shared -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas".split()
-    links = ["-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    flags = "-O1 -march=native -fPIC -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas".split()
     includes = [f"-I{folder}", f"-I{ROOT / 'tests'}", *INCLUDES]
-    run([compiler, *flags, *STANDARD, *includes, folder / "group_norm.cpp", *links, "-o", library])
+    objects = [folder / f"{name}.o" for name in SOURCES]
+    commands = [[compiler, *flags, *STANDARD, *includes, "-c", "-x", "c++", folder / f"cuda/{made.stem}.cu", "-o", made] for made in objects]
+    list(ThreadPoolExecutor().map(run, commands))
+    run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library])
     torch.ops.load_library(str(library))
     return getattr(torch.ops, namespace)
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory):
+    return cache(lambda variant: build(variant, tmp_path_factory.mktemp(variant)))
+
+
+@pytest.fixture(params=VARIANTS)
+def emulated(request: pytest.FixtureRequest, builds):
+    return builds(request.param)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a pair of functions. The first field says why it is here."""
+
+    why: str
+    op: str  # group_norm or row_norm
+    N: int
+    C: int
+    S: int = 1
+    G: int = 1
+    dtype: torch.dtype = torch.float32
+    y_dtype: torch.dtype | None = None  # dtype, unless given
+    vector_dtype: torch.dtype | None = None
+    weight: int | None = 1  # rows of C
+    bias: int | None = 1
+    residual: bool = False
+    activation: str = "silu"
+    mean: float = 0.5
+    std: float = 2.0
+    aligned: bool = True  # tensors begin where vector loads may
+    channels_last: bool = False
+    frozen: int = 0  # samples of the given statistics
+    centered: bool = True
+    weight_offset: float = 0.0
+    adds: bool = False
+
+    @property
+    def options(self) -> tuple:
+        """num_groups and what stands between it and eps."""
+        return (self.G, self.channels_last, bool(self.frozen)) if self.op == "group_norm" else (self.G, self.centered, self.weight_offset)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Flat tensors: their shapes mean nothing."""
+        numel, own = self.N * self.C * self.S, accumulator(self.dtype)
+
+        def random(size: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
+            behind = 0 if self.aligned else 1
+            return torch.zeros(size + behind, dtype=dtype)[behind:].copy_(torch.randn(size, dtype=torch.float64) * std + mean)
+
+        made = {"x": random(numel, self.dtype, self.mean, self.std), "dy": random(numel, self.y_dtype or self.dtype)}
+        for name, rows in (("weight", self.weight), ("bias", self.bias)):
+            if rows is not None:
+                made[name] = random(rows * self.C, self.vector_dtype or self.dtype, 0.5)
+        names = ("residual",) * self.residual + ("addend", "dtotal") * self.adds
+        made |= {name: random(numel, self.dtype) for name in names}
+        if self.frozen:
+            mean = torch.randn(self.frozen * self.G, dtype=own)
+            made["stats"] = torch.stack((mean, mean * 1e-3, torch.rand_like(mean) + 0.5))
+        return made
+
+
+GUARD = 32
+GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
+
+
+def compute(functions, call: Call, given: dict[str, Tensor], wanted=GRADIENTS, save: bool = True) -> dict[str, Tensor]:
+    """What both functions write, which is NaN before; nothing is written beside it."""
+    guards, x, own = [], given["x"], accumulator(given["x"].dtype)
+
+    def output(size: int, dtype: torch.dtype) -> Tensor:
+        behind = GUARD if call.aligned else GUARD - 1
+        guards.append((torch.full((size + 2 * GUARD,), 12345.0, dtype=dtype), behind, size))
+        return guards[-1][0][behind : behind + size].fill_(torch.nan)
+
+    def like(name: str) -> Tensor | None:
+        return output(given[name].numel(), given[name].dtype) if name in given else None
+
+    stats = given.get("stats")
+    if stats is None and save:
+        each = call.N * call.G * (1 if call.op == "group_norm" else call.S)
+        stats = output((3 if call.centered else 1) * each, own).view(-1, each)
+    out = {"y": like("dy"), "stats": stats}
+    parameters, code = (given.get("weight"), given.get("bias"), given.get("residual")), reference.CODES[call.activation]
+    shape = (call.N, call.C, *call.options)
+    forward, backward = getattr(functions, f"{call.op}_fwd"), getattr(functions, f"{call.op}_bwd")
+    if call.op == "group_norm":
+        forward(out["y"], stats, x, *parameters, *shape, 1e-5, code, 0.2)
+    else:
+        out["total"] = like("addend")
+        forward(out["y"], out["total"], stats, x, given.get("addend"), *parameters, *shape, 1e-5, code, 0.2)
+        x = x if out["total"] is None else out["total"]
+    if save:
+        gradients = {f"d{name}": like(name) for name in ("x", "weight", "bias", "residual") if f"d{name}" in wanted}
+        upstream = (given["dy"],) if call.op == "group_norm" else (given["dy"], given.get("dtotal"))
+        backward(*(gradients.get(name) for name in GRADIENTS), *upstream, x, stats, *parameters, *shape, code, 0.2)
+        out |= gradients
+    for whole, behind, size in guards:
+        assert (whole[:behind] == 12345).all() and (whole[behind + size :] == 12345).all(), "written outside"
+    return {name: value.clone() for name, value in out.items() if value is not None}
+
+
+def wide(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same in float64, on the sum that is normalized."""
+    given = dict(given)
+    if "addend" in given:
+        given["x"] = given["x"] + given.pop("addend")
+    return {name: value.double() for name, value in given.items()}
+
+
+def compare(got: dict[str, Tensor], call: Call, given: dict[str, Tensor]) -> None:
+    """The tolerance of ``cases.py``, with the reference for torch."""
+    exact, unit, ratio = compute(reference, call, wide(given)), roundoff(accumulator(call.dtype)), 1.0
+    theirs, oracle = compute(reference, call, given), exact
+    if call.dtype == torch.float64:
+        narrow = {name: value.float() for name, value in given.items()}
+        theirs, oracle, ratio = compute(reference, call, narrow), compute(reference, call, wide(narrow)), unit / roundoff(torch.float32)
+    dy = given["dy"].abs().max().item()
+    slope = 1.0 if call.weight is None else (given["weight"].double() + call.weight_offset).abs().max().item()
+    terms = {"dx": exact["stats"][-1].max().item() * slope * dy, "dweight": dy, "dbias": dy}  # what is summed up
+    for name, mine in got.items():
+        assert not mine.isnan().any(), f"{name}: not written"
+        if name == "total":
+            assert torch.equal(mine, given["x"] + given["addend"])
+            continue
+        want, rounding = exact[name].flatten(), max(unit, roundoff(mine.dtype))
+        loss = (theirs[name].double() - oracle[name]).abs().max().item() * ratio
+        limit = 2 * loss + FLOOR * rounding * max(want.abs().max().item(), terms.get(name, 0.0))
+        error = (mine.flatten().double() - want).abs().max().item()
+        assert error <= limit, f"{call.why}: {name}: error {error:.3g} > {limit:.3g}"
+
+
+_f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CALLS = [
+    Call("given statistics", "group_norm", 3, 6, 32, 6, frozen=1),
+    Call("given statistics, odd rows", "group_norm", 2, 6, 35, 3, frozen=2, weight=None, residual=True),
+    Call("given statistics, channels last", "group_norm", 3, 16, 20, 4, channels_last=True, frozen=1, residual=True),
+    Call("given for each sample, vectors too", "group_norm", 3, 12, 20, 4, channels_last=True, frozen=3, weight=3),
+    Call("given statistics, long rows", "group_norm", 2, 3, 5001, 3, frozen=1, weight=2, bias=None),
+    Call("one position: samples are positions", "group_norm", 300, 16, 1, 16, frozen=1, dtype=_bf16, y_dtype=_f32),
+    Call("one position, vectors for each sample", "group_norm", 5, 12, 1, 3, frozen=1, weight=5),
+    Call("one position, statistics for each sample", "group_norm", 5, 12, 1, 3, frozen=5, dtype=_f64),
+    Call("rows", "row_norm", 7, 64),
+    Call("rows, all bare", "row_norm", 7, 64, weight=None, bias=None, activation="none"),
+    Call("rows of one element", "row_norm", 5, 1),
+    Call("short odd rows", "row_norm", 301, 13, dtype=_f16, vector_dtype=_f32),
+    Call("rows at odd addresses", "row_norm", 9, 64, aligned=False, residual=True),
+    Call("a warp for each row", "row_norm", 11, 512, dtype=_bf16, residual=True, activation="gelu"),
+    Call("a block for each row", "row_norm", 3, 1500, dtype=_f64),
+    Call("rows longer than shared memory", "row_norm", 3, 9000, residual=True),
+    Call("odd rows longer than shared memory", "row_norm", 2, 8195, adds=True),
+    Call("long rows of double", "row_norm", 2, 4500, dtype=_f64, centered=False),
+    Call("groups of channels", "row_norm", 9, 40, 1, 5),
+    Call("groups of odd channels, vectors for each sample", "row_norm", 6, 36, 1, 4, weight=6, bias=6, residual=True),
+    Call("vectors for some samples", "row_norm", 12, 24, weight=4, bias=6, weight_offset=1.0),
+    Call("vectors for some samples, one for all", "row_norm", 12, 256, weight=3, bias=1, dtype=_bf16, vector_dtype=_f64),
+    Call("RMS", "row_norm", 9, 96, centered=False, weight_offset=1.0, bias=None),
+    Call("RMS of odd rows", "row_norm", 9, 33, centered=False, weight_offset=0.5, residual=True),
+    Call("addend and dtotal", "row_norm", 6, 128, adds=True),
+    Call("addend in 16 bits, y wider", "row_norm", 6, 128, adds=True, dtype=_bf16, y_dtype=_f32, centered=False, residual=True),
+    Call("many rows", "row_norm", 2100, 4, activation="relu"),
+    Call("across", "row_norm", 2, 6, 64),
+    Call("across odd positions", "row_norm", 2, 35, 49, residual=True),
+    Call("across few odd positions in 16 bits", "row_norm", 3, 20, 3, dtype=_f16, vector_dtype=_f32),
+    Call("across, RMS", "row_norm", 2, 24, 72, dtype=_bf16, centered=False, weight_offset=1.0, bias=None),
+    Call("across, y wider", "row_norm", 2, 33, 40, dtype=_bf16, y_dtype=_f32, residual=True, activation="hardswish"),
+    Call("across, vectors for some samples", "row_norm", 6, 10, 24, weight=2, bias=3),
+    Call("across, at odd addresses", "row_norm", 2, 10, 24, aligned=False),
+    Call("across in double", "row_norm", 2, 40, 20, dtype=_f64, residual=True),
+    Call("across more than shared memory", "row_norm", 1, 700, 24),
+    Call("across more sums than shared memory", "row_norm", 1, 4100, 3),
+    Call("across one channel", "row_norm", 2, 1, 64),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
+def test_emulated_calls(emulated, call: Call) -> None:
+    """All that both functions write, against the reference in float64."""
+    given = call.inputs()
+    compare(compute(emulated, call, given), call, given)
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call.residual or call.weight != call.bias], ids=lambda call: call.why)
+def test_emulated_outputs_alone(emulated, call: Call) -> None:
+    """What is not wanted changes no bit of what is."""
+    given = call.inputs()
+    full = compute(emulated, call, given)
+    names = [name for name in GRADIENTS if name in full]
+    for wanted in (*((name,) for name in names), *combinations(names, 2)):
+        for name, value in compute(emulated, call, given, wanted).items():
+            assert torch.equal(value, full[name]), f"{name}, when {wanted} are wanted"
+    if not call.frozen:
+        assert torch.equal(compute(emulated, call, given, save=False)["y"], full["y"])
 
 
 @pytest.fixture
@@ -97,29 +311,35 @@ def emulation(emulated, monkeypatch: pytest.MonkeyPatch, poison):
     assert launched, "the test has not reached the emulated kernels"
 
 
-@pytest.mark.parametrize("name", CASES)
+# what is larger reaches all kernels as built
+SIZED = [(variant, name) for variant in VARIANTS for name, case in ALL.items() if variant == "as_built" or math.prod(case.shape) <= 1 << 13]
+
+
+@pytest.mark.parametrize("emulated, name", SIZED, indirect=["emulated"], ids=map("-".join, SIZED))
 def test_emulated_cases(emulation, name: str) -> None:
-    inputs = Inputs.of(CASES[name], "cpu")
-    check(inputs.run(normops.group_norm), inputs)
+    inputs = Inputs.of(ALL[name], "cpu")
+    check(inputs.run(), inputs)
 
 
-# bodies of test_group_norm.py, on what is most at risk in these kernels, and one value of each parameter
+# tests that run on every backend: those on what is most at risk in these kernels, and one value of each parameter
+LONG = (1, 18, 31, 33)  # groups and rows that are more than a block holds
 PROPERTIES = {
-    "far_from_zero": {"shape": (2, 33, 16, 16), "ratio": 1e4},
-    "constant_input_gives_bias": {"shape": (2, 6, 37, 40), "dtype": torch.float32},
-    "huge_and_tiny": {"magnitude": 1e30, "shape": (1, 4, 70, 70)},
-    "one_outlier": {"shape": (1, 8, 40, 41), "where": 0},
-    "statistics": {"dtype": torch.float64},
-    "nothing_is_written_outside": {"residual": True},
-    "backward_mask": {},
-    "each_gradient_alone": {"name": "everything"},
-    "same_result_without_gradients": {"case": CASES["cl_C33"]},
+    numerics.test_far_from_zero: {"kind": KINDS, "shape": LONG, "ratio": 1e4},
+    numerics.test_constant_input_gives_bias: {"kind": numerics.CENTERED, "shape": (2, 6, 37, 40), "dtype": torch.float32},
+    numerics.test_huge_and_tiny: {"kind": numerics.OWN, "shape": LONG, "magnitude": 1e30},
+    numerics.test_one_outlier: {"kind": numerics.OWN, "shape": (1, 8, 40, 41), "where": 0},
+    numerics.test_not_finite: {"kind": KINDS, "value": torch.nan, "where": (1, 5)},
+    norms.test_statistics: {"sets": ["group", "moments", "layer", "rms", "last"], "dtype": torch.float64, "layout": "channels_last"},
+    norms.test_nothing_is_written_outside: {"kind": KINDS, "shape": (3, 35, 7, 3), "residual": True},
+    norms.test_backward_mask: {"op": ["group", "frozen", "last", "across", "added"], "activation": "silu"},
+    norms.test_each_gradient_alone: {"case": [ALL[name] for name in ("everything", "frozen_modulation_cl", "layer_modulation_cf")]},
+    norms.test_same_result_without_gradients: {"case": [ALL[name] for name in ("cl_C33", "rms_modulation_cf", "add_layer_norm_mixed")]},
 }
+VARIED = [(body, {**options, name: value}) for body, options in PROPERTIES.items() for name, values in options.items()
+          if isinstance(values, list | dict) for value in values]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", bodies.LAYOUT_IDS)
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_emulated_properties(emulation, poison, monkeypatch: pytest.MonkeyPatch, name: str, layout: str) -> None:
-    body = getattr(bodies, f"test_{name}")
-    fixtures = {"backend": "cuda", "device": "cpu", "poison": poison, "monkeypatch": monkeypatch, "layout": layout}
-    body(**PROPERTIES[name], **{key: value for key, value in fixtures.items() if key in inspect.signature(body).parameters})
+@pytest.mark.parametrize("body, options", VARIED, ids=[f"{body.__name__[5:]}-{next(iter(options.values()))}" for body, options in VARIED])
+def test_emulated_properties(emulation, poison, monkeypatch: pytest.MonkeyPatch, body, options: dict) -> None:
+    fixtures = {"backend": "cuda", "device": "cpu", "poison": poison, "monkeypatch": monkeypatch}
+    body(**options, **{key: value for key, value in fixtures.items() if key in inspect.signature(body).parameters})

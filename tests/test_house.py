@@ -14,8 +14,9 @@ from normops import backends
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for folder in ("normops", "kernels") for path in (ROOT / folder).rglob("*.py"))
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inc", ".cpp", ".cu", ".cuh"))
-# nn -> functional -> autograd -> ops -> backends -> kernels (lazily), reference; a module may import what stands after it
-ORDER = ("nn", "functional", "autograd", "ops", "backends", "kernels", "cpu", "reference")
+# a module may import what stands after it; kernels lazily
+ORDER = ("nn", "functional", "operators", "autograd", "ops", "checks", "backends", "kernels", "cpu", "reference")
+FUNCTIONS = {name: value for name, value in vars(normops.functional).items() if inspect.isfunction(value) and name in normops.__all__}
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -35,7 +36,8 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
             base = ".".join(filter(None, (package if node.level else "", node.module)))
             names = [f"{base}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__"):
-            names = [node.args[0].value] if node.args and isinstance(node.args[0], ast.Constant) else []
+            first = node.args[0].values[0] if node.args and isinstance(node.args[0], ast.JoinedStr) else node.args[0]  # an f-string's beginning
+            names = [first.value] if isinstance(first, ast.Constant) else []
         else:
             continue
         found += [(name, id(node) in lazy) for name in names]
@@ -44,7 +46,8 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
 
 def test_files_are_found():
     assert {"normops/ops.py", "kernels/__init__.py"} <= {name_of(path) for path in FILES}
-    assert ("normops.kernels.group_norm", True) in imports(ROOT / "normops" / "backends.py"), "the walk sees import_module"
+    assert ("normops.kernels.", True) in imports(ROOT / "normops" / "backends.py"), "the walk sees import_module"
+    assert set(ORDER) <= {path.stem if path.parent.name == "normops" else path.parent.name for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -112,32 +115,65 @@ def test_public_names():
         value = getattr(normops, name)
         assert value.__doc__, name
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", normops.__version__)
+    public = {name for name, value in vars(normops.functional).items()
+              if inspect.isfunction(value) and value.__module__ == "normops.functional" and not name.startswith("_")}  # fmt: skip
+    assert public == FUNCTIONS.keys(), "what functional.py defines is what the package offers"
 
 
-def test_documented_signature():
-    """The public function documents every argument, what it raises, torch's equivalent and its source."""
-    text = inspect.getdoc(normops.group_norm)
-    for name in inspect.signature(normops.group_norm).parameters:
-        assert re.search(rf"\b{name}\b", text), f"{name} is not documented"
-    for word in ("Same as ``torch.nn.functional.group_norm", "Raises", "arXiv", "variance"):
-        assert word in text
+def documentation(name: str) -> str:
+    """The docstring of a function, of the public functions that it refers to, and of their module."""
+    found, wanted = {}, [name]
+    while wanted:
+        function = wanted.pop()
+        found[function] = inspect.getdoc(FUNCTIONS[function])
+        wanted += [other for other in re.findall(r"`(\w+)", found[function]) if other in FUNCTIONS and other not in found]
+    return "\n".join((*found.values(), inspect.getdoc(normops.functional)))
 
 
-def test_op_and_function_have_one_signature():
-    """What the schema, the public function and the differentiable op call their arguments, and the defaults."""
-    schema = torch.ops.normops.group_norm.default._schema
-    ops = [(argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty) for argument in schema.arguments]
-    for function in (normops.group_norm, normops.autograd.group_norm):
-        parameters = inspect.signature(function).parameters.values()
-        assert [name for name, _ in ops][1:] == [parameter.name for parameter in parameters][1:]
-        assert [default for _, default in ops] == [parameter.default for parameter in parameters]
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_documented_signature(name):
+    """Every argument, what it raises, torch's equivalent or the formula, the units of eps and the source."""
+    own, text = inspect.getdoc(FUNCTIONS[name]), documentation(name)
+    for argument in inspect.signature(FUNCTIONS[name]).parameters:
+        assert re.search(rf"\b{argument}\b", text), f"{argument} is not documented"
+    assert "Same as" in own or re.search(r"see `\w+`", own), "what torch computes it by"
+    for pattern in ("Same as ``", "[Rr]aise", "arXiv", "variance"):
+        assert re.search(pattern, text), pattern
 
 
-def test_every_backend_has_the_reference_signature():
-    from normops import reference
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_op_and_function_have_one_signature(name):
+    """What the schema and the public function call their arguments, and the defaults."""
+    schema = getattr(torch.ops.normops, name).default._schema
+    ops = [(argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty, argument.kwarg_only)
+           for argument in schema.arguments]  # fmt: skip
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+    assert ops[1:] == [(parameter.name, parameter.default, parameter.kind == parameter.KEYWORD_ONLY) for parameter in parameters][1:]
 
-    tree = ast.parse((ROOT / "kernels" / "group_norm.py").read_text())
-    for op in backends.OPS:
-        names = list(inspect.signature(getattr(reference, op)).parameters)
-        function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == op)
-        assert [argument.arg for argument in function.args.args] == names
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if hasattr(torch.nn.functional, name)])
+def test_torch_signature_comes_first(name):
+    """A call of torch.nn.functional's function is a call of ours: the same names and defaults in the same places."""
+    theirs = inspect.signature(getattr(torch.nn.functional, name)).parameters.values()
+    mine = list(inspect.signature(FUNCTIONS[name]).parameters.values())
+    assert [(p.name, p.default) for p in theirs] == [(p.name, p.default) for p in mine[: len(theirs)]]
+    assert all(p.kind == p.KEYWORD_ONLY for p in mine[len(theirs) :])
+
+
+def cuda_schemas() -> dict[str, list[str]]:
+    """The arguments of the operators that csrc/cuda defines."""
+    text = re.sub(r'"\s*\n\s*"', "", "".join(path.read_text() for path in SOURCES if path.suffix == ".cu"))
+    schemas = [torch._C.parse_schema(schema) for schema in re.findall(r'"(\w+\([^"]*\) -> [^"]*)"', text)]
+    return {schema.name: [argument.name for argument in schema.arguments] for schema in schemas}
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_backend_has_the_reference_signature(op):
+    from normops import cpu, reference
+
+    names = list(inspect.signature(getattr(reference, op)).parameters)
+    tree = ast.parse((ROOT / "kernels" / f"{op[:-4]}.py").read_text())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == op)
+    assert [argument.arg for argument in function.args.args] == names
+    assert list(inspect.signature(getattr(cpu, op)).parameters) == names
+    assert cuda_schemas()[op] == names

@@ -1,4 +1,4 @@
-"""``normops.nn.GroupNorm`` in place of ``torch.nn.GroupNorm``."""
+"""The modules of ``normops.nn`` in place of those of ``torch.nn``."""
 
 import copy
 import pickle
@@ -6,10 +6,47 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from norms import compare
 from torch import nn
 
 import normops
-from normops.nn import GroupNorm
+import normops.nn as ours
+
+TRACKED = {"affine": True, "track_running_stats": True}
+KINDS = {  # torch's class, positional arguments, the shape of an input, keywords to construct with
+    "GroupNorm": (nn.GroupNorm, (4, 12), (2, 12, 5), [{}, {"affine": False}]),
+    "InstanceNorm1d": (nn.InstanceNorm1d, (12,), (2, 12, 5), [{}, {"affine": True}, {"track_running_stats": True}, {"momentum": None} | TRACKED]),
+    "InstanceNorm2d": (nn.InstanceNorm2d, (12,), (2, 12, 5, 4), [{}, {"momentum": 0.3} | TRACKED]),
+    "InstanceNorm3d": (nn.InstanceNorm3d, (12,), (2, 12, 2, 5, 4), [{}, {"eps": 1e-3} | TRACKED]),
+    "LayerNorm": (nn.LayerNorm, ((5, 12),), (2, 3, 5, 12), [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 1e-3}]),
+    "RMSNorm": (nn.RMSNorm, (12,), (2, 5, 12), [{}, {"elementwise_affine": False}, {"eps": 1e-3}]),
+    "LayerNorm2d": (nn.LayerNorm, (12,), (2, 12, 5, 4), [{}, {"bias": False}]),
+    "RMSNorm2d": (nn.RMSNorm, (12,), (2, 12, 5), [{}, {"elementwise_affine": False}]),
+}
+over_kinds = pytest.mark.parametrize("kind", KINDS)
+over_options = pytest.mark.parametrize(
+    "kind, options", [(kind, options) for kind, entry in KINDS.items() for options in entry[3]], ids=lambda value: str(value)
+)
+INSTANCE = [kind for kind in KINDS if kind.startswith("Instance")]
+over_instance = pytest.mark.parametrize("kind", INSTANCE)
+
+
+def make(kind, **options):
+    """Ours, with options of our own or torch's."""
+    return getattr(ours, kind)(*KINDS[kind][1], **options)
+
+
+def make_theirs(kind, **options):
+    return KINDS[kind][0](*KINDS[kind][1], **options)
+
+
+def over_last(kind, module, x):
+    """torch's module, over the channels of an image where ours is."""
+    return module(x) if KINDS[kind][0].__name__ == kind else module(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def draw(kind, device="cpu", dtype=torch.float64):
+    return torch.randn(KINDS[kind][2], device=device, dtype=dtype)
 
 
 def randomized(module):
@@ -18,70 +55,265 @@ def randomized(module):
     return module
 
 
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
-def test_constructor(affine, dtype, device):
-    options = {"affine": affine, "device": device, "dtype": dtype}
-    ours, theirs = GroupNorm(4, 12, 1e-3, **options), nn.GroupNorm(4, 12, 1e-3, **options)
-    assert isinstance(ours, nn.GroupNorm)
-    assert repr(ours) == repr(theirs)
-    assert (ours.num_groups, ours.num_channels, ours.eps, ours.affine) == (4, 12, 1e-3, affine)
-    one, two = ours.state_dict(), theirs.state_dict()
+def same_state(one, two):
     assert list(one) == list(two)
     for name in one:
         assert torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype and one[name].device == two[name].device
 
 
+# ---- construction ----
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
+@over_options
+def test_constructor(kind, options, dtype, device):
+    options = {"device": device, "dtype": dtype} | options
+    mine, theirs = make(kind, **options), make_theirs(kind, **options)
+    assert isinstance(mine, type(theirs))
+    assert repr(mine) == repr(theirs).replace(type(theirs).__name__, kind)
+    for name, value in vars(theirs).items():
+        if isinstance(value, int | float | tuple | None):
+            assert getattr(mine, name) == value, name
+    same_state(mine.state_dict(), theirs.state_dict())
+
+
 def test_constructor_raises_as_torch_does():
     with pytest.raises(ValueError, match="must be divisible by num_groups"):
-        GroupNorm(5, 12)
-    with pytest.raises(TypeError):
-        GroupNorm(5)
+        ours.GroupNorm(5, 12)
+    for kind in KINDS:
+        with pytest.raises(TypeError):
+            getattr(ours, kind)()
+        with pytest.raises(TypeError):
+            make(kind, nonsense=1)
 
 
-def test_state_dict_both_ways():
-    theirs = randomized(nn.GroupNorm(4, 12))
-    ours = GroupNorm(4, 12, activation="silu")
-    assert not any(ours.load_state_dict(theirs.state_dict()))
-    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
-    randomized(ours)
-    assert not any(theirs.load_state_dict(ours.state_dict()))
-    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+@over_options
+def test_state_dict_both_ways(kind, options):
+    theirs, mine = randomized(make_theirs(kind, **options)), make(kind, activation="silu", **options)
+    if options.get("track_running_stats"):
+        theirs(draw(kind, dtype=torch.float32))
+    assert not any(mine.load_state_dict(theirs.state_dict()))
+    same_state(mine.state_dict(), theirs.state_dict())
+    assert not any(theirs.load_state_dict(randomized(mine).state_dict()))
+    same_state(mine.state_dict(), theirs.state_dict())
 
 
-def test_repr_names_what_is_fused():
-    assert repr(GroupNorm(2, 4)) == "GroupNorm(2, 4, eps=1e-05, affine=True)" or repr(GroupNorm(2, 4)) == repr(nn.GroupNorm(2, 4))
-    assert "activation='silu'" in repr(GroupNorm(2, 4, activation="silu"))
-    assert "negative_slope=0.3" in repr(GroupNorm(2, 4, activation="leaky_relu", negative_slope=0.3))
+@over_kinds
+def test_repr_names_what_is_fused(kind):
+    assert "activation='silu'" in repr(make(kind, activation="silu"))
+    assert "negative_slope=0.3" in repr(make(kind, activation="leaky_relu", negative_slope=0.3))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
-def test_copies(copied, backend, device):
-    module = randomized(GroupNorm(4, 12, activation="leaky_relu", negative_slope=0.3, device=device))
-    x = torch.randn(2, 12, 5, device=device)
+@over_options
+def test_copies(kind, options, copied, device):
+    module = randomized(make(kind, activation="leaky_relu", negative_slope=0.3, device=device, dtype=torch.float64, **options))
+    x = draw(kind, device)
     other = copied(module)
     assert repr(other) == repr(module) and torch.equal(other(x), module(x))
-    assert other.weight.data_ptr() != module.weight.data_ptr()
+    same_state(other.state_dict(), module.state_dict())
+    assert all(one.data_ptr() != two.data_ptr() for one, two in zip(other.parameters(), module.parameters(), strict=True))
 
 
-def test_keywords(backend, device):
+@over_kinds
+def test_dtype_and_device_moves(kind, device):
+    options = KINDS[kind][3][-1]
+    module = randomized(make(kind, **options))
+    assert {value.dtype for value in module.to(torch.bfloat16).parameters()} <= {torch.bfloat16}
+    assert all(value.is_meta for value in module.to("meta").state_dict().values())
+    empty = make(kind, device="meta", **options).to_empty(device=device)
+    empty.reset_parameters()
+    same_state(empty.state_dict(), make(kind, device=device, **options).state_dict())
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "LayerNorm2d", "RMSNorm2d"])
+def test_weight_offset(kind, backend, device):
+    """Where weight is stored around zero, a new module is the identity on x_hat as ever, and reset_parameters makes it so again."""
+    shifted, usual = make(kind, weight_offset=1.0, device=device, dtype=torch.float64), make(kind, device=device, dtype=torch.float64)
+    assert "weight_offset=1.0" in repr(shifted) and not shifted.weight.any()
+    x = draw(kind, device)
+    torch.testing.assert_close(shifted(x), usual(x))
+    randomized(shifted).reset_parameters()
+    assert not shifted.weight.any()
+    with torch.no_grad():
+        randomized(usual)
+        shifted.weight.copy_(usual.weight - 1)
+        if "Layer" in kind:
+            shifted.bias.copy_(usual.bias)
+    torch.testing.assert_close(shifted(x), usual(x))
+
+
+# ---- calls ----
+
+
+@over_options
+def test_as_torch(kind, options, backend, device):
+    """Outputs, gradients of inputs and parameters, running statistics; in training, then in evaluation."""
+    theirs = randomized(make_theirs(kind, device=device, dtype=torch.float64, **options))
+    mine = make(kind, activation="silu", device=device, dtype=torch.float64, **options)
+    mine.load_state_dict(theirs.state_dict())
+    for training in (True, True, False):
+        for module in (mine, theirs):
+            module.train(training)
+        x = draw(kind, device).requires_grad_()
+        y, want = mine(x), F.silu(over_last(kind, theirs, x))
+        torch.testing.assert_close(y, want)
+        dy = torch.randn_like(y)
+        got, expected = (torch.autograd.grad(result, [x, *module.parameters()], dy) for result, module in ((y, mine), (want, theirs)))
+        compare(got, expected)
+        compare(mine.state_dict().values(), theirs.state_dict().values())
+
+
+@over_kinds
+def test_narrow_input(kind, backend, device):
+    """16-bit x in a module that keeps parameters and statistics in float32, as under autocast."""
+    options = KINDS[kind][3][-1] | {"device": device}
+    module = randomized(make(kind, **options))
+    x = draw(kind, device, torch.bfloat16)
+    other = copy.deepcopy(module)
+    y, want = module(x), other(x.float())
+    torch.testing.assert_close(y, want.to(torch.bfloat16))
+    for name, value in module.named_buffers():
+        torch.testing.assert_close(value, getattr(other, name))
+
+
+@over_kinds
+def test_keywords(kind, backend, device):
     """activation, residual, scale and shift, in the documented order."""
-    module = randomized(GroupNorm(4, 12, activation="silu", device=device, dtype=torch.float64))
-    x, residual = torch.randn(2, 2, 12, 5, 5, device=device, dtype=torch.float64)
-    scale, shift = torch.randn(2, 2, 12, device=device, dtype=torch.float64)
-    t = F.group_norm(x, 4, module.weight, module.bias, module.eps)
+    module = randomized(make(kind, activation="silu", device=device, dtype=torch.float64))
+    theirs = make_theirs(kind, device=device, dtype=torch.float64)
+    theirs.load_state_dict(module.state_dict())
+    x, residual = draw(kind, device), draw(kind, device)
+    vector = getattr(module, "normalized_shape", (12,))
+    scale, shift = torch.randn(2, 2, *vector, device=device, dtype=torch.float64)
+    samples, over = x.shape[0], vector if x.shape[-len(vector) :] == vector else (*vector, *[1] * (x.dim() - 2))
+    scales, shifts = (value.reshape(samples, *[1] * (x.dim() - 1 - len(over)), *over) for value in (scale, shift))
+    t = over_last(kind, theirs, x)
     torch.testing.assert_close(module(x), F.silu(t))
     torch.testing.assert_close(module(x, residual=residual), F.silu(t + residual))
-    t = t * (1 + scale[..., None, None]) + shift[..., None, None]
-    torch.testing.assert_close(module(x, residual=residual, scale=scale, shift=shift), F.silu(t + residual))
-    torch.testing.assert_close(normops.group_norm(x, 4, module.weight, module.bias, module.eps, scale=scale, shift=shift), t)
+    torch.testing.assert_close(module(x, scale=scale), F.silu(t * (1 + scales)))
+    torch.testing.assert_close(module(x, residual=residual, scale=scale, shift=shift), F.silu(t * (1 + scales) + shifts + residual))
 
 
-def test_does_not_touch_parameters_that_do_not_train(backend, device):
-    module = GroupNorm(4, 12, device=device)
-    module.bias.requires_grad_(False)
-    module(torch.randn(2, 12, 5, device=device)).square().sum().backward()
-    assert module.bias.grad is None and module.weight.grad is not None
+@over_kinds
+def test_does_not_touch_parameters_that_do_not_train(kind, backend, device):
+    module = make(kind, device=device, **({"affine": True} if kind in INSTANCE else {}))
+    frozen, *others = reversed(list(module.parameters()))
+    frozen.requires_grad_(False)
+    module(draw(kind, device, torch.float32).requires_grad_()).square().sum().backward()
+    assert frozen.grad is None and all(parameter.grad is not None for parameter in others)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_addend(kind, backend, device):
+    """The pre-norm step: the norm of a sum, and the sum."""
+    module = randomized(make(kind, device=device, dtype=torch.float64))
+    x, addend = draw(kind, device), draw(kind, device)
+    scale = torch.randn(2, *module.normalized_shape, device=device, dtype=torch.float64)
+    y, total = module(x, addend=addend, scale=scale)
+    assert torch.equal(total, x + addend)
+    torch.testing.assert_close(y, module(total, scale=scale))
+    for wrong in ({"addend": addend, "residual": addend}, {"addend": addend[:1]}):
+        with pytest.raises(ValueError, match="expected (addend|residual)"):
+            module(x, **wrong)
+    with pytest.raises(ValueError, match=f"^{kind}2d: expected addend"):
+        make(f"{kind}2d")(draw(f"{kind}2d", dtype=torch.float32), addend=draw(f"{kind}2d", dtype=torch.float32))
+
+
+def test_adaptive_instance_norm(backend, device):
+    module = ours.AdaptiveInstanceNorm(1e-3, activation="relu")
+    assert repr(module) == "AdaptiveInstanceNorm(eps=0.001, activation='relu')" and not module.state_dict()
+    x, style = torch.randn(2, 6, 5, 4, device=device), torch.randn(2, 6, 3, device=device)
+    want = normops.adaptive_instance_norm(x, style, 1e-3, activation="relu", residual=x)
+    assert torch.equal(module(x, style, residual=x), want)
+
+
+# ---- instance norm's own ----
+
+
+@pytest.mark.parametrize("training", [True, False])
+@over_instance
+def test_without_a_batch(kind, training, backend, device):
+    """(C, *spatial) is one sample, also for residual, scale and shift; running statistics follow."""
+    module = randomized(make(kind, device=device, dtype=torch.float64, **TRACKED)).train(training)
+    other, theirs = copy.deepcopy(module), make_theirs(kind, device=device, dtype=torch.float64, **TRACKED).train(training)
+    theirs.load_state_dict(module.state_dict())
+    x, scale = draw(kind, device)[0], torch.randn(12, device=device, dtype=torch.float64)
+    y = module(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, theirs(x))
+    compare(module.state_dict().values(), theirs.state_dict().values())
+    other(x)
+    want = other(x[None], residual=x[None], scale=scale[None], shift=scale[None])[0]
+    assert torch.equal(module(x, residual=x, scale=scale, shift=scale), want)
+
+
+@over_instance
+def test_rank_is_checked_as_torch_does(kind):
+    module, theirs = make(kind), make_theirs(kind)
+    rank = len(KINDS[kind][2])
+    for wrong in range(1, 7):
+        if wrong in (rank, rank - 1):
+            continue
+        messages = []
+        for each in (module, theirs):
+            with pytest.raises(ValueError) as caught:
+                each(torch.randn((2, 12, 3, 3, 3, 3)[:wrong]))
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+@over_instance
+def test_number_of_channels(kind):
+    """Where it is used another one raises; where it is not, it warns: both as torch does."""
+    x = draw(kind, dtype=torch.float32)[:, :10]
+    with pytest.raises(ValueError, match=f"^{kind}: expected input of 12 channels, got"):
+        make(kind, affine=True)(x)
+    with pytest.warns(UserWarning) as told:
+        torch.testing.assert_close(make(kind)(x), make_theirs(kind)(x))
+    assert len(told) == 2
+
+
+@over_instance
+def test_single_position(kind):
+    """Raises in training as torch's, and leaves the statistics alone; in evaluation they normalize it."""
+    module = make(kind, **TRACKED)
+    x = torch.randn(2, 12, *[1] * (len(KINDS[kind][2]) - 2))
+    before = copy.deepcopy(module.state_dict())
+    for each in (module, make_theirs(kind, **TRACKED)):
+        with pytest.raises(ValueError, match="[Ee]xpected more than 1 "):
+            each(x)
+    same_state(module.state_dict(), before)
+    torch.testing.assert_close(module.eval()(x), make_theirs(kind, **TRACKED).eval()(x))
+
+
+@over_instance
+def test_old_checkpoints(kind):
+    """State before torch 0.4 has running statistics of every instance norm: refused as torch refuses it, or taken where they are tracked."""
+    old = make_theirs(kind, **TRACKED).state_dict()
+    old = {name: old[name] for name in ("weight", "bias", "running_mean", "running_var")}
+    messages = []
+    for each in (make(kind, affine=True), make_theirs(kind, affine=True)):
+        with pytest.raises(RuntimeError, match="Unexpected running stats buffer") as caught:
+            each.load_state_dict(dict(old))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    strict = make(kind, **TRACKED), make_theirs(kind, **TRACKED)
+    outcomes = [each.load_state_dict(dict(old), strict=False) for each in strict]
+    assert outcomes[0] == outcomes[1]
+
+
+@over_instance
+def test_running_statistics_far_from_zero(kind, backend, device):
+    """The running variance of data far from zero, where a difference of squares would lose it, against float64."""
+    module, exact = make(kind, device=device, **TRACKED), make_theirs(kind, device=device, dtype=torch.float64, **TRACKED)
+    x = draw(kind, device) + 1000
+    module(x.float()), exact(x.float().double())
+    torch.testing.assert_close(module.running_var.double(), exact.running_var, rtol=1e-6, atol=0)
+    torch.testing.assert_close(module.running_mean.double(), exact.running_mean, rtol=1e-6, atol=0)
+
+
+# ---- models ----
 
 
 class Block(nn.Module):
@@ -89,7 +321,7 @@ class Block(nn.Module):
 
     def __init__(self, channels, fused):
         super().__init__()
-        kind = (lambda: GroupNorm(4, channels, activation="silu")) if fused else (lambda: nn.GroupNorm(4, channels))
+        kind = (lambda: ours.GroupNorm(4, channels, activation="silu")) if fused else (lambda: nn.GroupNorm(4, channels))
         self.fused = fused
         self.norm1, self.norm2 = kind(), kind()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -109,6 +341,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """Down, middle, up, with a skip connection that is concatenated: norms see channels_last, odd sizes and joined channels."""
 
+    inputs = ((2, 3, 11, 9), (2, 6))
+
     def __init__(self, fused):
         super().__init__()
         self.enter = nn.Conv2d(3, 8, 3, padding=1)
@@ -123,47 +357,133 @@ class UNet(nn.Module):
         return self.leave(self.up(torch.cat((h, skip), 1), time))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-def test_unet(memory_format, backend, device):
-    """A small UNet of these modules has the outputs and the parameter gradients of the same UNet of torch's."""
-    ours, theirs = (UNet(fused).double().to(device).to(memory_format=memory_format) for fused in (True, False))
-    assert not any(theirs.load_state_dict(randomized(ours).state_dict()))
-    x = torch.randn(2, 3, 11, 9, dtype=torch.float64, device=device).to(memory_format=memory_format)
-    time, seen = torch.randn(2, 6, dtype=torch.float64, device=device), []
-    for module in ours.modules():
-        if isinstance(module, GroupNorm):
+class Volume(nn.Module):
+    """A residual block of nnU-Net, in 3-D: conv, instance norm, leaky ReLU, and the skip added before the last of them."""
+
+    inputs = ((2, 3, 5, 6, 7),)
+    dtype = torch.float32  # torch's Conv3d keeps channels_last_3d in no other
+
+    def __init__(self, fused):
+        super().__init__()
+        options = {"activation": "leaky_relu", "negative_slope": 0.01} if fused else {}
+        kind = ours.InstanceNorm3d if fused else nn.InstanceNorm3d
+        self.fused = fused
+        self.enter, self.conv1, self.conv2 = nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1)
+        self.norm1, self.norm2 = (kind(8, affine=True, **options) for _ in range(2))
+
+    def forward(self, x):
+        x = self.enter(x)
+        if self.fused:
+            return self.norm2(self.conv2(self.norm1(self.conv1(x))), residual=x)
+        h = F.leaky_relu(self.norm1(self.conv1(x)))
+        return F.leaky_relu(self.norm2(self.conv2(h)) + x)
+
+
+class ConvNeXt(nn.Module):
+    """Depthwise conv, layer norm over channels, two pointwise convs."""
+
+    inputs = ((2, 6, 7, 5),)
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm = ours.LayerNorm2d(6, eps=1e-6) if fused else nn.LayerNorm(6, eps=1e-6)
+        self.wide, self.narrow = nn.Conv2d(6, 24, 1), nn.Conv2d(24, 6, 1)
+
+    def forward(self, x):
+        h = self.depthwise(x)
+        h = self.norm(h) if self.fused else self.norm(h.movedim(1, -1)).movedim(-1, 1)
+        return x + self.narrow(F.gelu(self.wide(h)))
+
+
+class Transformer(nn.Module):
+    """Two pre-norm steps of a language model: each adds the last branch to the stream and normalizes it."""
+
+    inputs = ((2, 7, 12),)
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.norms = nn.ModuleList((ours if fused else nn).RMSNorm(12, eps=1e-6) for _ in range(3))
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(12, 24), nn.SiLU(), nn.Linear(24, 12)) for _ in range(2))
+
+    def forward(self, x):
+        first, *others = self.norms
+        h = first(x)
+        for branch, norm in zip(self.branches, others, strict=True):
+            if self.fused:
+                h, x = norm(branch(h), addend=x)
+            else:
+                x = x + branch(h)
+                h = norm(x)
+        return h + x
+
+
+class DiT(nn.Module):
+    """A block of a diffusion transformer: layer norms without affine, modulated by the embedding (adaLN)."""
+
+    inputs = ((2, 7, 12), (2, 6))
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.norm1, self.norm2 = ((ours if fused else nn).LayerNorm(12, elementwise_affine=False) for _ in range(2))
+        self.mix, self.mlp, self.embed = nn.Linear(7, 7), nn.Linear(12, 12), nn.Linear(6, 48)
+
+    def forward(self, x, time):
+        scale1, shift1, scale2, shift2 = self.embed(F.silu(time)).chunk(4, 1)
+        if self.fused:
+            x = x + self.mix(self.norm1(x, scale=scale1, shift=shift1).mT).mT
+            return x + self.mlp(self.norm2(x, scale=scale2, shift=shift2))
+        x = x + self.mix((self.norm1(x) * (1 + scale1[:, None]) + shift1[:, None]).mT).mT
+        return x + self.mlp(self.norm2(x) * (1 + scale2[:, None]) + shift2[:, None])
+
+
+MODELS = [(model, layout) for model in (UNet, Volume, ConvNeXt) for layout in ("contiguous", "channels_last")]
+MODELS += [(model, "contiguous") for model in (Transformer, DiT)]
+
+
+@pytest.mark.parametrize("kind, layout", MODELS, ids=[f"{model.__name__}-{layout}" for model, layout in MODELS])
+def test_model(kind, layout, backend, device):
+    """A small model of these modules has the outputs and the parameter gradients of the same model of torch's, and norms keep the layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats[len(kind.inputs[0])] if layout == "channels_last" else torch.contiguous_format
+    dtype = getattr(kind, "dtype", torch.float64)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    mine, theirs = (kind(fused).to(device, dtype).to(memory_format=memory_format) for fused in (True, False))
+    assert not any(theirs.load_state_dict(randomized(mine).state_dict()))
+    x, *others = (torch.randn(shape, dtype=dtype, device=device) for shape in kind.inputs)
+    x, seen = x.to(memory_format=memory_format), []
+    for module in mine.modules():
+        if isinstance(module, ours._Fused):
             module.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
-    y, want = ours(x, time), theirs(x, time)
-    torch.testing.assert_close(y, want)
-    assert len(seen) == 6
+    y, want = mine(x, *others), theirs(x, *others)
+    torch.testing.assert_close(y, want, **tolerance)
+    assert seen
     for before, after in seen:
+        after = after[0] if isinstance(after, tuple) else after
         assert after.stride() == before.stride()
         assert before.is_contiguous(memory_format=memory_format)
     dy = torch.randn_like(y)
     y.backward(dy)
     want.backward(dy)
-    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, one), two in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_training_step(backend, device):
-    """Ten steps of SGD with torch's module and with this one end at the same weights."""
-    models = []
-    for kind in (GroupNorm, nn.GroupNorm):
+@over_kinds
+def test_training_steps(kind, backend, device):
+    """Ten steps of SGD with torch's module and with this one end at the same weights and statistics."""
+    options = KINDS[kind][3][-1] | {"device": device, "dtype": torch.float64}
+    ends = []
+    for module, call in ((make(kind, **options), lambda module, x: module(x)), (make_theirs(kind, **options), lambda *args: over_last(kind, *args))):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 12), kind(3, 12), nn.ReLU(), nn.Linear(12, 2)).double().to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        start = nn.Parameter(draw(kind, device))
+        optimizer = torch.optim.SGD([start, *module.parameters()], lr=0.1)
         for _ in range(10):
             optimizer.zero_grad()
-            model(torch.randn(16, 5, dtype=torch.float64).to(device)).square().mean().backward()
+            (call(module, start) - draw(kind, device)).square().mean().backward()
             optimizer.step()
-        models.append(model)
-    for one, two in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(one, two)
-
-
-def test_dtype_and_device_moves(device):
-    module = randomized(GroupNorm(4, 12))
-    assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
-    assert module.to("meta").weight.is_meta
-    assert GroupNorm(4, 12, device="meta").to_empty(device=device).weight.device.type == torch.device(device).type
+        ends.append([start, *module.state_dict().values()])
+    compare(*ends)

@@ -1,33 +1,27 @@
 """The oracle first: ``normops.reference`` against torch.nn.functional in float64, and its derivatives against autograd."""
 
+from functools import partial
+
 import pytest
 import torch
-from cases import ACTIVATIONS, channels_last, composed
+import torch.nn.functional as F
+from cases import ACTIVATIONS, COMPOSED
 
 from normops import reference
 
 F64 = torch.float64
-SHAPES = {"rank2": (5, 12), "rank3": (3, 6, 7), "rank4": (2, 6, 5, 4), "rank5": (2, 6, 2, 3, 4), "S1": (2, 12, 1)}
-OPTIONS = {
-    "plain": (),
-    "no_weight": ("weight",),
-    "no_bias": ("bias",),
-    "no_affine": ("weight", "bias"),
-    "residual": (),
-    "per_sample": (),
+OPTIONS = {  # what is given beside x
+    "plain": ("weight", "bias"),
+    "no_weight": ("bias",),
+    "no_bias": ("weight",),
+    "no_affine": (),
+    "residual": ("weight", "bias", "residual"),
+    "per_sample": ("weight", "bias"),
 }
 
 
 def draw(*shape):
     return torch.randn(shape, dtype=F64)
-
-
-def inputs(shape, option):
-    samples, channels = shape[:2]
-    vector = (samples, channels) if option == "per_sample" else (channels,)
-    found = {"x": draw(*shape) * 2 + 3, "weight": draw(*vector), "bias": draw(*vector), "residual": draw(*shape)}
-    absent = OPTIONS[option] + (() if option == "residual" else ("residual",))
-    return {name: None if name in absent else value for name, value in found.items()}
 
 
 def close(got, want):
@@ -74,67 +68,161 @@ def test_codes(name, activation):
     assert same == (name == activation)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_differentiable_reference(shape, option):
-    case = inputs(shape, option)
-    leaves = {name: None if value is None else value.requires_grad_() for name, value in case.items()}
-    x, weight, bias, residual = leaves.values()
-    groups, dy = 3, draw(*shape)
-    given = [leaf for leaf in leaves.values() if leaf is not None]
-    y = reference.group_norm(x, groups, weight, bias, 1e-3, "silu", residual=residual)
-    theirs = composed(x, groups, weight, bias, 1e-3, activation="silu", residual=residual)
-    close(y, theirs)
-    for got, want in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(theirs, given, dy), strict=True):
-        close(got, want)
+# name -> shapes of x and of its vectors, the reference and torch's composition as functions of x
+CHANNELS = [(5, 12), (3, 6, 7), (2, 6, 5, 4), (2, 6, 2, 3, 4), (2, 12, 1)]
+DIFFERENTIABLE = {
+    "group": (CHANNELS, 0, partial(reference.group_norm, num_groups=3), partial(COMPOSED["group_norm"], num_groups=3)),
+    **{f"{name}_last_{ndim}": ([(8, 6), (3, 8, 6), (2, 3, 8, 6)], ndim, partial(reference.row_norm, ndim=ndim, centered=name == "layer"),
+                               COMPOSED[f"{name}_norm"]) for name in ("layer", "rms") for ndim in (1, 2)},
+    **{f"{name}_across": (CHANNELS, 0, partial(reference.row_norm, ndim=0, centered=name == "layer"), partial(COMPOSED[f"{name}_norm"], dim=1))
+       for name in ("layer", "rms")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, option", [(name, option) for name in DIFFERENTIABLE for option in OPTIONS if name == "group" or option != "per_sample"]
+)
+def test_differentiable_reference(name, option):
+    shapes, ndim, ours, torchs = DIFFERENTIABLE[name]
+    for shape in shapes:
+        vector = shape[len(shape) - ndim :] if ndim else shape[1:2]
+        sizes = dict.fromkeys(("weight", "bias"), shape[:2] if option == "per_sample" else vector) | {"residual": shape}
+        given = {key: draw(*sizes[key]).requires_grad_() for key in OPTIONS[option] if key != "bias" or not name.startswith("rms")}
+        x, dy = (draw(*shape) * 2 + 3).requires_grad_(), draw(*shape)
+        options = {"eps": 1e-3, "activation": "silu", "negative_slope": 0.2} | given
+        theirs = torchs
+        if name != "group":
+            options["weight_offset"] = 0.5
+            theirs = partial(torchs, normalized_shape=vector)
+        y, want = ours(x, **options), theirs(x, **options)
+        close(y, want)
+        leaves = [x, *given.values()]
+        for mine, other in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
+            close(mine, other)
+
+
+def test_moments():
+    """Mean and ``sqrt(var + eps)`` of groups, with gradients; statistics that kernels would give."""
+    x, dmean, dstd = draw(3, 6, 4, 5).requires_grad_(), draw(3, 2), draw(3, 2)
+    mean, std = reference.moments(x, 2, 1e-3)
+    var, average = torch.var_mean(x.reshape(3, 2, -1), 2, correction=0)
+    theirs = (var + 1e-3).sqrt()
+    close(mean, average)
+    close(std, theirs)
+    close(torch.autograd.grad((mean, std), x, (dmean, dstd))[0], torch.autograd.grad((average, theirs), x, (dmean, dstd))[0])
+    high, low, rstd = reference.statistics(x, 2, 1e-3)
+    close(high + low, average)
+    close(rstd, 1 / theirs)
+
+
+PAIRS = {  # what a backend offers: the pair, sizes and what is particular
+    "group": ("group", 2, 6, 20, 3, {}),
+    "group_cl": ("group", 2, 6, 20, 3, {"channels_last": True}),
+    "instance_cl": ("group", 3, 4, 7, 4, {"channels_last": True}),
+    "frozen": ("group", 4, 6, 5, 6, {"frozen": 1}),
+    "frozen_cl": ("group", 4, 6, 5, 3, {"frozen": 4, "channels_last": True}),
+    "frozen_S1": ("group", 4, 6, 1, 6, {"frozen": 1, "channels_last": True}),
+    "rows": ("row", 4, 9, 1, 1, {"weight_offset": 1.0}),
+    "rows_added": ("row", 4, 9, 1, 1, {"added": True}),
+    "rows_grouped": ("row", 4, 6, 1, 3, {}),
+    "across": ("row", 4, 6, 5, 1, {"weight_offset": 0.5}),
+    "rms": ("row", 4, 9, 1, 1, {"centered": False, "weight_offset": 1.0}),
+    "rms_added": ("row", 4, 9, 1, 1, {"centered": False, "added": True}),
+    "rms_across": ("row", 4, 6, 5, 1, {"centered": False}),
+}
+
+
+def x_hat(x, family, groups, eps, given, centered):
+    """By torch, of (N, C, S); and mean and 1/std of each row."""
+    grouped = x.unflatten(1, (groups, -1))
+    if given is not None:
+        mean, _, rstd = (value[..., None, None] for value in given)
+        return ((grouped - mean) * rstd).flatten(1, 2), None
+    rows = grouped.flatten(2) if family == "group" else grouped.movedim(2, -1)
+    norm = F.layer_norm if centered else F.rms_norm
+    normalized = norm(rows, rows.shape[-1:], eps=eps)
+    mean = rows.mean(-1) if centered else torch.zeros_like(rows[..., 0])
+    stats = mean, ((rows - mean[..., None]).square().mean(-1) + eps).rsqrt()
+    return (normalized if family == "group" else normalized.movedim(-1, 2)).reshape(x.shape), stats
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", [torch.clone, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_out_variants(option, layout, activation):
-    """The pair of functions that a backend offers."""
-    shape, groups, eps, slope = (2, 6, 5, 4), 3, 1e-3, 0.2
-    case = inputs(shape, option)
-    x, weight, bias, residual = case.values()
-    x = layout(x)
-    residual = None if residual is None else layout(residual)
-    dy = layout(draw(*shape))
-    y, stats = torch.full_like(x, torch.nan), torch.full((3, 2, groups), torch.nan, dtype=F64)
-    code, last = reference.CODES[activation], layout is channels_last
-    reference.group_norm_fwd(y, stats, x, weight, bias, residual, groups, last, eps, code, slope)
-    again = torch.full_like(x, torch.nan)
-    reference.group_norm_fwd(again, None, x, weight, bias, residual, groups, last, eps, code, slope)
-    assert torch.equal(y, again), "without statistics"
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair(name, option, activation):
+    """The functions that a backend offers, on memory whose shape they are not told: results, statistics and every gradient, each alone too."""
+    family, N, C, S, G, how = PAIRS[name]
+    how = {"channels_last": False, "frozen": 0, "added": False, "centered": True, "weight_offset": 0.0} | how
+    eps, slope, code = 1e-3, 0.2, reference.CODES[activation]
+    forward, backward = (getattr(reference, f"{family}_norm_{way}") for way in ("fwd", "bwd"))
+    sharing = N if option == "per_sample" else 2 if family == "row" and option == "plain" else 1  # how many rows of vectors
+    present = OPTIONS[option]
 
-    leaves = [None if value is None else value.clone().requires_grad_() for value in (x, weight, bias, residual)]
-    theirs = composed(leaves[0], groups, *leaves[1:3], eps, activation=activation, negative_slope=slope, residual=leaves[3])
-    close(y, theirs.detach())
-    flat = x.reshape(2, groups, -1)
-    close(stats[0] + stats[1], flat.mean(2))
-    close(stats[2], (flat.var(2, unbiased=False) + eps).rsqrt())
+    def seen(memory):
+        """As (N, C, S)."""
+        return memory.view(N, S, C).mT if how["channels_last"] else memory.view(N, C, S)
 
-    given = [leaf for leaf in leaves if leaf is not None]
-    wanted = iter(torch.autograd.grad(theirs, given, dy))
-    want = [None if leaf is None else next(wanted) for leaf in leaves]
-    outs = [None if leaf is None else torch.full_like(leaf, torch.nan).detach() for leaf in leaves]
-    args = dy, x, stats, weight, bias, residual, groups, last, code, slope
-    reference.group_norm_bwd(*outs, *args)
-    for got, expected in zip(outs, want, strict=True):
-        if got is not None:
-            close(got, expected)
-    for i, out in enumerate(outs):  # each alone: what is not wanted changes nothing
+    def over(vectors):
+        return vectors.view(-1, C, 1).repeat_interleave(N * C // vectors.numel(), 0)
+
+    x, dy, dtotal, addend, residual = draw(5, N * C * S)
+    x, dtotal, addend = x * 2 + 3, dtotal if how["added"] else None, addend if how["added"] else None
+    leaves = {"x": x, "weight": draw(sharing * C), "bias": draw(N * C if sharing == 2 else sharing * C), "residual": residual}
+    leaves = {key: value.requires_grad_() if key in ("x", *present) else None for key, value in leaves.items()}
+    given = torch.rand(3, how["frozen"], G, dtype=F64) if how["frozen"] else None
+    if given is not None:
+        given[1] = 0
+
+    total = leaves["x"] if addend is None else leaves["x"] + addend
+    t, statistics = x_hat(seen(total), family, G, eps, given, how["centered"])
+    t = t if leaves["weight"] is None else t * (over(leaves["weight"]) + how["weight_offset"])
+    t = t if leaves["bias"] is None else t + over(leaves["bias"])
+    t = t if leaves["residual"] is None else t + seen(leaves["residual"])
+    want = ACTIVATIONS[activation](t, slope)
+    present = [leaf for leaf in leaves.values() if leaf is not None]
+    outputs, cotangents = ([want, total], [seen(dy), dtotal]) if how["added"] else ([want], [seen(dy)])
+    gradients = dict(zip((id(leaf) for leaf in present), torch.autograd.grad(outputs, present, cotangents), strict=True))
+
+    plain = {key: None if value is None else value.detach() for key, value in leaves.items()}
+    vectors = plain["weight"], plain["bias"], plain["residual"]
+    y, stored = torch.full_like(dy, torch.nan), torch.full_like(dy, torch.nan) if how["added"] else None
+    stats = given
+    if stats is None:
+        stats = torch.full((3 if how["centered"] else 1, statistics[0].numel()), torch.nan, dtype=F64)
+    if family == "group":
+        sizes = N, C, G, how["channels_last"], bool(how["frozen"])
+        forward(y, stats, plain["x"], *vectors, *sizes, eps, code, slope)
+        back = dy, plain["x"], stats, *vectors, *sizes, code, slope
+    else:
+        sizes = N, C, G, how["centered"], how["weight_offset"]
+        forward(y, stored, stats, plain["x"], addend, *vectors, *sizes, eps, code, slope)
+        back = dy, dtotal, plain["x"] if stored is None else stored, stats, *vectors, *sizes, code, slope
+    close(seen(y), want.detach())
+    if stored is not None:
+        assert torch.equal(stored, total.detach())
+    if given is None:
+        close(stats[-1], statistics[1].detach().flatten())
+        if how["centered"]:
+            close(stats[0] + stats[1], statistics[0].detach().flatten())
+    outs = [None if leaf is None else torch.full_like(leaf, torch.nan).detach() for leaf in leaves.values()]
+    backward(*outs, *back)
+    for i, (out, leaf) in enumerate(zip(outs, leaves.values(), strict=True)):
         if out is not None:
+            close(out, gradients[id(leaf)])
             alone = [torch.full_like(out, torch.nan) if i == j else None for j in range(4)]
-            reference.group_norm_bwd(*alone, *args)
-            assert torch.equal(alone[i], out)
+            backward(*alone, *back)
+            assert torch.equal(alone[i], out), "what is not wanted changes nothing"
 
 
-def test_far_from_zero_and_huge():
+@pytest.mark.parametrize("norm", ["group", "layer", "rms"])
+def test_far_from_zero_and_huge(norm):
     """What makes it an oracle for float32 too: two-number means, and squares that do not overflow."""
     x = draw(2, 4, 50)
+    call = partial(reference.group_norm, num_groups=4, eps=0) if norm == "group" else partial(reference.row_norm, centered=norm == "layer", eps=0)
     for scale, offset in ((1.0, 1e4), (1e30, 0.0), (1e-10, 0.0), (1e30, 1e32)):
         x32 = (x * scale + offset).float()
-        want = torch.group_norm((x32.double() - offset) / scale, 2, eps=0)
-        error = (reference.group_norm(x32, 2, eps=0).double() - want).abs().max().item()
+        wide = x32.double() / scale
+        wide = wide if norm == "rms" else wide - wide.mean(-1, keepdim=True)
+        want = F.rms_norm(wide, (50,), eps=0)
+        error = (call(x32).double() - want).abs().max().item()
         assert error < 2e-6, f"x = {scale}*randn + {offset}: error {error}"

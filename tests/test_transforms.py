@@ -1,392 +1,181 @@
-"""compile, export, opcheck, vmap, torch.func, forward mode, autocast, checkpointing, fake tensors, subclasses: same result, same gradients."""
+"""vmap, torch.func, forward mode, autocast, checkpointing, subclasses, modes: same result, same gradients."""
 
 import contextlib
 import copy
-import io
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, composed
-from torch._dynamo.testing import CompileCounterWithBackend
+from norms import compare, cotangents, leaves, over_layouts, over_norms, running, with_gradients
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import normops
-from normops.nn import GroupNorm
+from normops import nn
 
-LAYOUT_IDS = ["contiguous", "channels_last"]
-FWD, BWD = torch.ops.normops.group_norm_fwd.default, torch.ops.normops.group_norm_bwd.default
+# ---- vmap ----
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def tensors(shape=(2, 6, 5, 4), layout="contiguous", dtype=torch.float64, device="cpu", requires_grad=True):
-    """x, weight, bias, residual, scale, shift."""
-    vector, matrix = shape[1:2], shape[:2]
-    values = [torch.randn(size, dtype=torch.float64).to(dtype).to(device) for size in (shape, vector, vector, shape, matrix, matrix)]
-    values[0], values[3] = LAYOUTS[layout](values[0]), LAYOUTS[layout](values[3])
-    return [value.requires_grad_(requires_grad) for value in values]
-
-
-def fused(x, weight, bias, residual, scale, shift, activation="silu"):
-    return normops.group_norm(x, 3, weight, bias, activation=activation, residual=residual, scale=scale, shift=shift)
-
-
-def theirs(x, weight, bias, residual, scale, shift, activation="silu"):
-    return composed(x, 3, weight, bias, activation=activation, residual=residual, scale=scale, shift=shift)
-
-
-def compare(got, want, **tolerance):
-    for mine, other in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, other, **tolerance)
-
-
-def with_gradients(f, values, dy):
-    y = f(*values)
-    return y.detach(), torch.autograd.grad(y, values, dy)
-
-
-# ---- torch.compile ----
-
-
-@pytest.mark.parametrize("layout", LAYOUT_IDS)
-def test_aot_eager(layout, backend, device):
-    """One graph, forward and backward, bitwise the eager result and strides."""
-    values = tensors(layout=layout, dtype=torch.float32, device=device)
-    dy = LAYOUTS[layout](torch.randn_like(values[0]).detach())
-    y, gradients = with_gradients(torch.compile(fused, fullgraph=True, backend="aot_eager"), values, dy)
-    want, expected = with_gradients(fused, values, dy)
-    assert torch.equal(y, want) and y.stride() == want.stride()
-    compare(gradients, expected)
-    assert torch.equal(gradients[0], expected[0]) and gradients[0].stride() == expected[0].stride()
-
-
-def graphs_of(f, values):
-    """The ops in the forward and in the backward graph that AOTAutograd makes of `f`."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-
-    found = []
-
-    def keep(graph, _):
-        found.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
-        return make_boxed_func(graph.forward)
-
-    y = torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*values)
-    torch.autograd.grad(y, values, torch.randn_like(y))
-    return found
-
-
-def test_graphs_hold_the_ops():
-    """What inductor sees: one op forward, one backward, no copy of large tensors."""
-    x, weight, bias, residual, *_ = tensors(dtype=torch.float32)
-    forward, backward = graphs_of(lambda x, w, b, r: normops.group_norm(x, 3, w, b, activation="silu", residual=r), [x, weight, bias, residual])
-    assert forward.count(FWD) == 1 and backward.count(BWD) == 1
-    assert BWD not in forward and FWD not in backward
-    assert not {str(target) for target in forward + backward} & {"aten.clone.default", "aten._to_copy.default", "aten.copy.default"}
-
-
-@pytest.mark.parametrize("layout", LAYOUT_IDS)
-def test_inductor_dynamic(layout):
-    """Inductor with dynamic=True over three shapes: one compilation, same values and strides, gradients too."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(lambda *values: fused(*values) * 2, fullgraph=True, dynamic=True, backend=counter)
-    counts = []
-    for shape in ((2, 6, 5, 4), (3, 6, 7, 9), (4, 6, 11, 3)):
-        values = tensors(shape, layout, torch.float32, device)
-        dy = LAYOUTS[layout](torch.randn_like(values[0]).detach())
-        y, gradients = with_gradients(compiled, values, dy)
-        want, expected = with_gradients(lambda *values: fused(*values) * 2, values, dy)
-        torch.testing.assert_close(y, want)
-        assert y.stride() == want.stride()
-        compare(gradients, expected)
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[-1], "no recompilation"
-
-
-def test_dynamic_batch_meets_channels():
-    """N = C is no special case of a dynamic graph: checks of (C,) and (N, C) compare ranks before sizes."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled, counts = torch.compile(fused, fullgraph=True, dynamic=True, backend=counter), []
-    for shape in ((2, 6, 5, 4), (3, 6, 7, 9), (6, 6, 7, 3)):
-        values = tensors(shape, requires_grad=False)
-        torch.testing.assert_close(compiled(*values), theirs(*values))
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[-1], "no recompilation"
-
-
-def test_inductor_inference():
-    """Under no_grad, in a module, next to ops that inductor fuses."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), GroupNorm(3, 6, activation="silu"), torch.nn.Conv2d(6, 2, 1)).to(device)
-    x = torch.randn(2, 3, 9, 8, device=device)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=2e-5, atol=2e-5)
-
-
-def test_compiled_options():
-    """Options are constants of the graph: another activation is another graph, not the first one's result."""
-    compiled = torch.compile(lambda x, name: normops.group_norm(x, 3, activation=name), fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 6, 4)
-    for name in ("none", "relu", "gelu"):
-        assert torch.equal(compiled(x, name), normops.group_norm(x, 3, activation=name))
-
-
-def test_compiled_double_backward_is_refused_or_right():
-    """AOTAutograd supports no double backward: it must say so, not drop gradients."""
-    x = torch.randn(2, 6, 4, requires_grad=True)
-    y = torch.compile(lambda x: normops.group_norm(x, 3, activation="silu"), fullgraph=True, backend="aot_eager")(x)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        dx.square().sum().backward()
-
-
-def test_compiled_func_grad():
-    """torch.func inside of compile: the differentiable reference is traced."""
-    x, weight = torch.randn(2, 6, 4), torch.randn(6)
-
-    def loss(weight, x):
-        return normops.group_norm(x, 3, weight, activation="silu").sin().sum()
-
-    got = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(weight, x)
-    want = torch.func.grad(lambda weight, x: F.silu(F.group_norm(x, 3, weight)).sin().sum())(weight, x)
-    torch.testing.assert_close(got, want)
-
-
-def test_compiled_autograd():
-    """The backward that compiled autograd traces."""
-    model = torch.nn.Sequential(torch.nn.Conv1d(6, 6, 1), GroupNorm(3, 6, activation="silu"))
-    x = torch.randn(2, 6, 4)
-    model(x).square().sum().backward()
-    want = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        model(x).square().sum().backward()
-    compare([parameter.grad for parameter in model.parameters()], want)
-
-
-def test_fresh_process():
-    """The first call of a process may be under compile, with nothing warmed up."""
-    program = """
-import torch, normops
-f = torch.compile(lambda x, w: normops.group_norm(x, 3, w, activation="silu"), fullgraph=True, backend="aot_eager")
-x, w = torch.randn(2, 6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
-y = f(x, w)
-y.sum().backward()
-torch.testing.assert_close(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 3, w)))
-assert w.grad is not None
-print("fine")
-"""
-    root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0 and done.stdout.endswith("fine\n"), done.stderr
-
-
-# ---- export ----
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = GroupNorm(3, 6, activation="gelu")
-        torch.nn.init.normal_(self.norm.weight)
-
-    def forward(self, x, residual, scale):
-        return self.norm(x, residual=residual, scale=scale) + 1
-
-
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-def test_export(strict, backend, device):
-    """A dynamic batch, decompositions, and a file that another process could read."""
-    model = Model().to(device)
-    x, _, _, residual, scale, _ = tensors(dtype=torch.float32, device=device, requires_grad=False)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(model, (x, residual, scale), dynamic_shapes=({0: batch},) * 3, strict=strict)
-    assert torch.ops.normops.group_norm.default in {node.target for node in exported.graph.nodes}
-    lowered = exported.run_decompositions()
-    buffer = io.BytesIO()
-    torch.export.save(exported, buffer)
-    buffer.seek(0)
-    loaded = torch.export.load(buffer)
-    for samples in (2, 5):
-        x, _, _, residual, scale, _ = tensors((samples, 6, 5, 4), dtype=torch.float32, device=device, requires_grad=False)
-        want = model(x, residual, scale)
-        for program in (exported, lowered, loaded):
-            torch.testing.assert_close(program.module()(x, residual, scale), want)
-
-
-# ---- torch.library.opcheck ----
-
-_BASE = {"dtype": torch.float32, "shape": (2, 6, 5, 4), "layout": "contiguous"}
-SAMPLES = {
-    "plain": _BASE,
-    "channels_last": _BASE | {"layout": "channels_last"},
-    "channels_last_3d": _BASE | {"layout": "channels_last", "shape": (2, 6, 2, 3, 4)},
-    "sliced": _BASE | {"layout": "sliced"},
-    "transposed": _BASE | {"layout": "transposed", "shape": (3, 6, 4)},
-    "rank2": _BASE | {"shape": (4, 6)},
-    "bfloat16": _BASE | {"dtype": torch.bfloat16, "shape": (2, 6, 4)},
-    "float64": _BASE | {"dtype": torch.float64, "layout": "channels_last"},
-    "empty": _BASE | {"shape": (0, 6, 4)},
+MAPPED = 5
+PATTERNS = {  # the mapped dimension of x and of all others
+    "x": (0, None),
+    "x_within": (1, None),
+    "x_last": (-1, None),
+    "all": (0, 0),
+    "all_last": (-1, -1),
+    "others": (None, 0),
+    "others_last": (None, -1),
 }
 
 
-@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-def test_opcheck_public(sample, backend, device):
-    """Schema, autograd registration, fake kernel, AOT dispatch with dynamic shapes."""
-    x, weight, bias, residual, scale, shift = tensors(**sample, device=device)
-    options = {"activation": "silu", "residual": residual}
-    if sample["dtype"] == torch.bfloat16:
-        torch.library.opcheck(torch.ops.normops.group_norm.default, (x.detach(), 3), {"out_dtype": torch.float32})
-    else:  # the modulation's own rounding is checked in float32 and float64
-        options |= {"scale": scale, "shift": shift}
-    torch.library.opcheck(torch.ops.normops.group_norm.default, (x, 3, weight, bias), options)
+def each(call, values, dims):
+    """What vmap means: calls one by one, stacked."""
+    pairs = list(zip(values, dims, strict=True))
+    results = [leaves(call(*(value if dim is None else value.select(dim, i) for value, dim in pairs))) for i in range(MAPPED)]
+    return [torch.stack(result) for result in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-def test_opcheck_internal(sample, backend, device):
-    """What compiled graphs hold, with and without the optional tensors."""
-    x, weight, bias, residual, *_ = tensors(**sample, device=device, requires_grad=False)
-    dy = LAYOUTS["contiguous"](torch.randn_like(x))
-    for w, b, r, mask in ((weight, bias, residual, [True] * 4), (None, bias, None, [True, False, True, False]), (None, None, None, [False] * 4)):
-        torch.library.opcheck(FWD, (x, w, b, r, 3, 1e-5, "silu", 0.01, None))
-        _, stats = FWD(x, w, b, r, 3, 1e-5, "silu", 0.01, None)
-        torch.library.opcheck(BWD, (dy, x, stats, w, b, r, 3, "silu", 0.01, mask))
+def mapped(norm, dims, device):
+    values = norm.tensors(device=device, requires_grad=False)
+    return [value if dim is None else torch.randn(MAPPED, *value.shape, dtype=value.dtype, device=device).movedim(0, dim)
+            for value, dim in zip(values, dims, strict=True)]  # fmt: skip
 
 
-# ---- fake tensors and meta ----
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("scalar", "expanded_positions")])
-def test_fake_and_meta_strides(layout, requires_grad, device):
-    """Fake and meta results have the real ones' shape, strides and dtype, in every layout."""
-    x = LAYOUTS[layout](torch.randn(4, 6, 5, 8, device=device)).requires_grad_(requires_grad)
-    real = normops.group_norm(x, 3, activation="silu")
-    meta = normops.group_norm(x.detach().to("meta").as_strided(x.shape, x.stride()).requires_grad_(requires_grad), 3, activation="silu")
-    assert meta.is_meta and (meta.shape, meta.stride(), meta.dtype) == (real.shape, real.stride(), real.dtype)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = normops.group_norm(mode.from_tensor(x), 3, activation="silu")
-        assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
-        if requires_grad:
-            gradient = torch.autograd.grad(fake.sum(), mode.from_tensor(x), allow_unused=True)[0]
-            assert gradient is None or gradient.shape == x.shape
-    if requires_grad:
-        y = normops.group_norm(x, 3, activation="silu")
-        dx = torch.autograd.grad(y, x, torch.randn_like(y))[0]
-        m = x.detach().to("meta").as_strided(x.shape, x.stride()).requires_grad_()
-        y = normops.group_norm(m, 3, activation="silu")
-        assert torch.autograd.grad(y, m, torch.empty_like(y))[0].stride() == dx.stride()
-
-
-def test_meta_out_dtype_and_internal():
-    x = torch.empty(2, 6, 4, dtype=torch.bfloat16, device="meta")
-    assert normops.group_norm(x, 3, out_dtype=torch.float32).dtype == torch.float32
-    y, stats = FWD(x, None, None, None, 3, 1e-5, "none", 0.0, None)
-    assert (y.dtype, stats.dtype, stats.shape) == (torch.bfloat16, torch.float32, (3, 2, 3))
-    wide = FWD(x.double(), None, None, None, 3, 1e-5, "none", 0.0, None)
-    assert wide[1].dtype == torch.float64
-
-
-# ---- vmap and torch.func ----
-
-
-def native(x, weight, bias, activation="silu"):
-    return F.silu(F.group_norm(x, 3, weight, bias))
-
-
-def ours(x, weight, bias, activation="silu"):
-    return normops.group_norm(x, 3, weight, bias, activation=activation)
-
-
-@pytest.mark.parametrize("dims", [(0, None, None), (1, None, None), (-1, None, None), (2, 0, None), (0, 0, 0), (None, 0, 1), (0, None, 1)], ids=str)
-def test_vmap(dims, backend, device):
+@pytest.mark.parametrize("pattern", PATTERNS)
+@over_norms()
+def test_vmap(norm, pattern, backend, device):
     """The mapped dimension folds into the samples; mapped vectors become per-sample ones."""
-
-    def mapped(size, dim):
-        shape = list(size)
-        if dim is not None:
-            shape.insert(dim if dim >= 0 else len(shape) + 1 + dim, 5)
-        return torch.randn(shape, dtype=torch.float64, device=device)
-
-    values = [mapped(size, dim) for size, dim in zip(((2, 6, 4), (6,), (6,)), dims, strict=True)]
-    want = torch.stack([native(*(value if dim is None else value.select(dim, i) for value, dim in zip(values, dims, strict=True))) for i in range(5)])
-    torch.testing.assert_close(torch.vmap(ours, dims)(*values), want)
-    out = torch.vmap(ours, dims, out_dims=1)(*values)
-    torch.testing.assert_close(out.movedim(1, 0), want)
+    of_x, of_others = PATTERNS[pattern]
+    dims = (of_x, *[of_others] * len(norm.others))
+    values = mapped(norm, dims, device)
+    want = each(norm.theirs, values, dims)
+    compare(leaves(torch.vmap(norm, dims)(*values)), want)
+    compare([result.movedim(1, 0) for result in leaves(torch.vmap(norm, dims, out_dims=1)(*values))], want)
 
 
-def test_vmap_of_everything(backend, device):
-    """residual, scale and shift mapped or not, per-sample weights, and two vmaps at once."""
-    values = [torch.randn(5, *value.shape, dtype=value.dtype, device=device) for value in tensors(requires_grad=False)]
-    want = torch.stack([theirs(*(value[i] for value in values)) for i in range(5)])
-    torch.testing.assert_close(torch.vmap(fused)(*values), want)
-    for fixed in range(6):
-        some = [value[0] if i == fixed else value for i, value in enumerate(values)]
-        dims = tuple(None if i == fixed else 0 for i in range(6))
-        want = torch.stack([theirs(*(value if dim is None else value[i] for value, dim in zip(some, dims, strict=True))) for i in range(5)])
-        torch.testing.assert_close(torch.vmap(fused, dims)(*some), want)
-    weight = torch.randn(5, 2, 6, dtype=torch.float64, device=device)
-    got = torch.vmap(lambda x, w: normops.group_norm(x, 3, w))(values[0], weight)
-    torch.testing.assert_close(got, torch.stack([composed(values[0][i], 3, weight[i]) for i in range(5)]))
-    x, weight = torch.randn(3, 5, 2, 6, 4, dtype=torch.float64, device=device), torch.randn(3, 6, dtype=torch.float64, device=device)
-    nested = torch.vmap(torch.vmap(lambda x, w: normops.group_norm(x, 3, w, activation="silu"), (0, None)))(x, weight)
-    want = torch.stack([torch.stack([native(x[i, j], weight[i], None) for j in range(5)]) for i in range(3)])
-    torch.testing.assert_close(nested, want)
+@over_norms()
+def test_vmap_of_some(norm, backend, device):
+    """Each tensor mapped alone, and all but one."""
+    count = 1 + len(norm.others)
+    for chosen in range(count):
+        for dims in (tuple(0 if i == chosen else None for i in range(count)), tuple(None if i == chosen else 0 for i in range(count))):
+            values = mapped(norm, dims, device)
+            compare(leaves(torch.vmap(norm, dims)(*values)), each(norm.theirs, values, dims))
 
 
-def test_vmap_gradient(backend, device):
-    """Gradients flow back through a vmapped call."""
-    x = torch.randn(5, 2, 6, 4, dtype=torch.float64, device=device, requires_grad=True)
-    weight = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
-    dy = torch.randn_like(x)
-    got = torch.autograd.grad(torch.vmap(lambda x: normops.group_norm(x, 3, weight, activation="silu"))(x), (x, weight), dy)
-    want = torch.autograd.grad(F.silu(torch.vmap(lambda x: F.group_norm(x, 3, weight))(x)), (x, weight), dy)
+@over_norms()
+def test_vmap_nested(norm, backend, device):
+    """Two vmaps at once, the vectors mapped by the outer one only; and weights per sample where they are allowed."""
+    x, *others = norm.tensors(device=device, requires_grad=False)
+    x = torch.randn(3, MAPPED, *x.shape, dtype=x.dtype, device=device)
+    others = [torch.randn(3, *value.shape, dtype=x.dtype, device=device) for value in others]
+    got = torch.vmap(torch.vmap(norm, (0, *[None] * len(others))))(x, *others)
+    for i in range(3):
+        values = [x[i], *(value[i] for value in others)]
+        compare([result[i] for result in leaves(got)], each(norm.theirs, values, (0, *[None] * len(others))))
+
+
+def test_vmap_of_weights_per_sample(backend, device):
+    """(N, C) vectors, mapped or not."""
+    x = torch.randn(MAPPED, 2, 6, 4, dtype=torch.float64, device=device)
+    for weight, dim in ((torch.randn(MAPPED, 2, 6).to(x), 0), (torch.randn(2, 6).to(x), None)):
+        for function in (lambda x, w: normops.group_norm(x, 3, w), lambda x, w: normops.instance_norm(x, weight=w)):
+            plain = [function(x[i], None) * (weight if dim is None else weight[i])[..., None] for i in range(MAPPED)]
+            torch.testing.assert_close(torch.vmap(function, (0, dim))(x, weight), torch.stack(plain))
+
+
+@over_norms()
+def test_vmap_gradient(norm, backend, device):
+    """Gradients flow back through a vmapped call, into what was mapped and what was shared."""
+    dims = (0, *[None] * len(norm.others))
+    values = [value.requires_grad_() for value in mapped(norm, dims, device)]
+    dys = cotangents(norm, values)
+    _, got = with_gradients(torch.vmap(norm, dims), values, dys)
+    _, want = with_gradients(lambda *values: tuple(each(norm.theirs, values, dims)), values, dys)
     compare(got, want)
 
 
-def test_vmap_shape_errors(backend, device):
-    weight = torch.randn(5, device=device)
+def test_vmap_of_running_statistics(backend, device):
+    """Running statistics of their own for each mapped index are updated in place; shared ones cannot be, and say so."""
+    x = torch.randn(MAPPED, 2, 6, 4, dtype=torch.float64, device=device)
+    ours, theirs = ([torch.stack([value] * MAPPED) for value in running(x[0]).values()] for _ in range(2))
+    y = torch.vmap(lambda *values: normops.instance_norm(*values))(x, *ours)
+    for i in range(MAPPED):
+        torch.testing.assert_close(y[i], F.instance_norm(x[i], *(value[i] for value in theirs)))
+    compare(ours, theirs)
+    shared = running(x[0])
+    with pytest.raises((RuntimeError, ValueError), match="vmap"):
+        torch.vmap(lambda x: normops.instance_norm(x, **shared))(x)
+
+
+@over_norms("group_norm", "instance_norm_frozen", "layer_norm", "rms_norm_dim1", "add_rms_norm")
+def test_vmap_shape_errors(norm, backend, device):
+    x, *others = mapped(norm, (0, *[None] * len(norm.others)), device)
+    others[norm.others.index("weight")] = torch.randn(5, device=device)
     with pytest.raises(ValueError, match="expected weight of shape"):
-        torch.vmap(lambda x: normops.group_norm(x, 3, weight))(torch.randn(4, 2, 6, 3, device=device))
+        torch.vmap(lambda x: norm(x, *others))(x)
 
 
-FUNC = {
-    "grad": lambda f: torch.func.grad(lambda *args: f(*args).sin().sum(), (0, 1, 2)),
-    "vmap_grad": lambda f: torch.vmap(torch.func.grad(lambda x, w, b: f(x[None], w, b).sin().sum(), (0, 1)), (0, None, None)),
+# ---- torch.func and forward mode ----
+
+
+def loss(call):
+    return lambda *values: sum(result.sin().sum() for result in leaves(call(*values)))
+
+
+FUNC = {  # of x and the first of the others
+    "grad": lambda f: torch.func.grad(loss(f), (0, 1)),
+    "vmap_grad": lambda f: torch.vmap(torch.func.grad(loss(lambda x, *others: f(x[None], *others)), (0, 1)), (0, 0)),
     "jacrev": lambda f: torch.func.jacrev(f, (0, 1)),
     "jacfwd": lambda f: torch.func.jacfwd(f, (0, 1)),
-    "hessian": lambda f: torch.func.hessian(lambda *args: f(*args).sin().sum(), (0, 1)),
-    "jacrev_jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(lambda *args: f(*args).sin().sum())),
-    "vjp": lambda f: lambda *args: torch.func.vjp(f, *args)[1](torch.ones(2, 6, 4, dtype=torch.float64)),
-    "jvp": lambda f: lambda *args: torch.func.jvp(f, args, tuple(torch.ones_like(value) for value in args)),
+    "hessian": lambda f: torch.func.hessian(loss(f), (0, 1)),
+    "jacrev_jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(loss(f))),
+    "vjp": lambda f: lambda *values: torch.func.vjp(loss(f), *values)[1](torch.ones((), dtype=torch.float64)),
+    "jvp": lambda f: lambda *values: torch.func.jvp(f, values, tuple(torch.ones_like(value) for value in values)),
 }
 
 
-@pytest.mark.parametrize("transform", FUNC.values(), ids=FUNC)
-def test_func(transform):
-    """torch.func transforms equal those of F.group_norm and F.silu."""
-    values = torch.randn(2, 6, 4, dtype=torch.float64), *torch.randn(2, 6, dtype=torch.float64)
-    got, want = (torch.utils._pytree.tree_leaves(transform(f)(*values)) for f in (ours, native))
+@pytest.mark.parametrize("transform", FUNC)
+@over_norms()
+def test_func(norm, transform):
+    """torch.func transforms equal those of torch's ops."""
+    sizes = (2, 4) if norm.op == "group" or norm.row is None else (2, 1)
+    x, other = norm.tensors(sizes, requires_grad=False)[:2]
+    if transform == "vmap_grad":  # one sample at a time
+        other = torch.stack([other] * 2) if other.dim() == 1 or norm.row == other.shape else other[:, None]
+    got, want = (tree_leaves(FUNC[transform](f)(x, other)) for f in (norm, norm.theirs))
     compare(got, want)
 
 
-def test_functional_call():
+@over_layouts()
+def test_forward_mode(norm, layout, backend, device):
+    """Tangents are carried, never dropped; forward over reverse too."""
+    values = norm.tensors(layout=layout, device=device, requires_grad=False)
+    tangents = [torch.randn_like(value) for value in values]
+    found = []
+    for f, lay in ((norm, lambda value: value), (norm.theirs, torch.Tensor.contiguous)):  # torch's has no tangents for channels last
+        with forward_ad.dual_level():
+            results = leaves(f(*(forward_ad.make_dual(*map(lay, pair)) for pair in zip(values, tangents, strict=True))))
+            found.append([part.clone() for result in results for part in forward_ad.unpack_dual(result)])
+    compare(*found)
+    x, *others = norm.tensors((1, 2, 2), device=device, requires_grad=False)
+    assert torch.autograd.gradcheck(lambda x: norm(x, *others), x.requires_grad_(), check_forward_ad=True, check_backward_ad=False)
+
+
+MODULES = {  # module, torch's, the shape of one sample
+    "group_norm": (lambda: nn.GroupNorm(3, 6, activation="silu"), lambda: torch.nn.GroupNorm(3, 6), (6, 4)),
+    "instance_norm": (lambda: nn.InstanceNorm1d(6, affine=True, activation="silu"), lambda: torch.nn.InstanceNorm1d(6, affine=True), (6, 4)),
+    "layer_norm": (lambda: nn.LayerNorm((3, 2), activation="silu"), lambda: torch.nn.LayerNorm((3, 2)), (4, 3, 2)),
+    "rms_norm": (lambda: nn.RMSNorm(6, activation="silu"), lambda: torch.nn.RMSNorm(6), (4, 6)),
+}
+over_modules = pytest.mark.parametrize("make, make_theirs, shape", MODULES.values(), ids=MODULES)
+
+
+@over_modules
+def test_functional_call(make, make_theirs, shape):
     """Per-sample gradients of a module's parameters, the usual recipe."""
-    module = GroupNorm(3, 6, activation="silu").double()
-    reference = torch.nn.GroupNorm(3, 6).double()
-    x = torch.randn(5, 6, 4, dtype=torch.float64)
+    x = torch.randn(5, *shape, dtype=torch.float64)
 
     def per_sample(model, act):
         def loss(parameters, x):
@@ -394,50 +183,50 @@ def test_functional_call():
 
         return torch.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), x)
 
-    got, want = per_sample(module, lambda y: y), per_sample(reference, F.silu)
-    for name in want:
-        torch.testing.assert_close(got[name], want[name])
+    got, want = per_sample(make().double(), lambda y: y), per_sample(make_theirs().double(), F.silu)
+    assert got.keys() == want.keys()
+    compare(got.values(), want.values())
 
 
-def test_ensemble():
-    """stack_module_state: vmap over parameters and inputs."""
-    modules = [GroupNorm(3, 6).double() for _ in range(4)]
+ENSEMBLES = {name: (make, shape) for name, (make, _, shape) in MODULES.items()} | {
+    "instance_norm_training": (lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True), (6, 4)),
+    "instance_norm_eval": (lambda: nn.InstanceNorm1d(6, track_running_stats=True).eval(), (6, 4)),
+    "layer_norm_2d": (lambda: nn.LayerNorm2d(6), (6, 4)),
+    "rms_norm_2d": (lambda: nn.RMSNorm2d(6), (6, 4)),
+}
+
+
+@pytest.mark.parametrize("make, shape", ENSEMBLES.values(), ids=ENSEMBLES)
+def test_ensemble(make, shape):
+    """stack_module_state: vmap over parameters, buffers and inputs."""
+    modules = [make().double() for _ in range(4)]
     for module in modules:
-        torch.nn.init.normal_(module.weight)
+        for value in (*module.parameters(), *module.buffers()):
+            if value.is_floating_point():
+                torch.nn.init.uniform_(value, 0.5, 2)
     parameters, buffers = torch.func.stack_module_state(modules)
     base = copy.deepcopy(modules[0]).to("meta")
-    x = torch.randn(4, 2, 6, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, *shape, dtype=torch.float64)
     got = torch.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,)))(parameters, buffers, x)
     torch.testing.assert_close(got, torch.stack([module(value) for module, value in zip(modules, x, strict=True)]))
-
-
-@pytest.mark.parametrize("layout", LAYOUT_IDS)
-def test_forward_mode(layout, backend, device):
-    """Tangents are carried, never dropped; forward over reverse too."""
-    values = tensors(layout=layout, device=device, requires_grad=False)
-    tangents = [torch.randn_like(value) for value in values]
-    found = []
-    for f, lay in ((fused, lambda value: value), (theirs, torch.Tensor.contiguous)):  # torch's has no tangents for channels last
-        with forward_ad.dual_level():
-            y, tangent = forward_ad.unpack_dual(f(*(forward_ad.make_dual(*map(lay, pair)) for pair in zip(values, tangents, strict=True))))
-            found.append((y.clone(), tangent.clone()))
-    compare(*found)
-    x = values[0].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: normops.group_norm(x, 3, activation="silu"), x, check_forward_ad=True, check_backward_ad=False)
+    for name, value in buffers.items():
+        torch.testing.assert_close(value, torch.stack([getattr(module, name) for module in modules]))
 
 
 # ---- autocast ----
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cpu_autocast(dtype):
-    """CPU autocast lists no norm: the input's dtype is the output's."""
-    x, weight = torch.randn(2, 6, 4).to(dtype).requires_grad_(), torch.randn(6, requires_grad=True)
+@over_norms()
+def test_cpu_autocast(norm, dtype):
+    """CPU autocast lists no norm: the input's dtype is the output's, also beside wider vectors."""
+    x, *others = norm.tensors(dtype=dtype)
+    narrow = [value if value.shape == x.shape else value.to(dtype) for value in others]
+    wide = [value if value.shape == x.shape else value.float() for value in others]
     with torch.autocast("cpu", torch.bfloat16):
-        y = normops.group_norm(x, 3, weight.to(dtype))
-        assert y.dtype == F.group_norm(x, 3, weight.to(dtype)).dtype == dtype
-        assert normops.group_norm(x, 3, weight).dtype == dtype
-    assert torch.autograd.grad(y.float().sum(), x)[0].dtype == dtype
+        results = leaves(norm(x, *narrow)) + leaves(norm(x, *wide))
+    assert {result.dtype for result in results} == {dtype}
+    assert torch.autograd.grad(results[0].float().sum(), x)[0].dtype == dtype
 
 
 @contextlib.contextmanager
@@ -450,88 +239,124 @@ def cuda_autocast():
         torch.set_autocast_enabled("cuda", False)
 
 
+def fused_inputs(norm, x, draw):
+    """weight, residual and what the norm cannot do without, as autocast leaves them: 16-bit activations beside float32 parameters."""
+    shapes = dict(zip(("x", *norm.others), norm.sizes(2, 5, 4), strict=True))
+    wanted = [name for name in norm.others if name in ("weight", "residual", "style")]
+    return {name: draw(shapes[name], torch.float32 if name == "weight" else x.dtype) for name in wanted}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_cuda_autocast(dtype):
-    """CUDA autocast makes the output of F.group_norm float32; here too, but 16-bit x is what is saved. Fake tensors where CUDA is missing."""
+@over_norms()
+def test_cuda_autocast(norm, dtype):
+    """CUDA autocast makes the output of torch's group, layer and RMS norm float32, not that of instance norm; here too, but 16-bit x is what is
+    saved. Fake tensors where CUDA is missing."""
     training = torch.cuda.is_available()  # autograd of fake CUDA tensors needs a device
-
-    def draw(*size, dtype=dtype):
-        return torch.randn(size, dtype=dtype, device="cuda", requires_grad=training)
-
     seen, saved = [], []
+
+    def draw(size, dtype=dtype):
+        return torch.randn(size, dtype=dtype, device="cuda", requires_grad=training)
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.extend(args[0].dtype for _ in range(func == FWD))
+            seen.extend(args[0].dtype for _ in range(func == norm.fwd))
             return func(*args, **(kwargs or {}))
 
     context = contextlib.nullcontext() if torch.cuda.is_available() else torch._subclasses.FakeTensorMode()
     with context, Mode(), torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
-        x, residual, weight = draw(2, 6, 4), draw(2, 6, 4), draw(6, dtype=torch.float32)
+        x = draw(norm.sizes(2, 5, 4)[0])
+        options = norm.settings(x) | fused_inputs(norm, x, draw)
         with cuda_autocast():
-            y = normops.group_norm(x, 3, weight, activation="silu", residual=residual)
-            theirs = F.group_norm(x.detach(), 3, weight.detach())
-        assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            y, *total = leaves(norm.function(x, activation="silu", **options))
+            theirs = norm.normalized(x.detach())
         assert dtype == torch.float64 or y.dtype == theirs.dtype
+        assert y.dtype == (torch.float32 if "instance" not in norm.function.__name__ and dtype != torch.float64 else dtype)
+        assert all(value.dtype == dtype for value in total), "the residual stream keeps its dtype"
         assert seen == [dtype], "no cast: x reaches the kernel as it came"
         if training:
+            wanted = [x, *(value for value in options.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
             assert {value.dtype for value in saved if value.shape == x.shape} == {dtype}, "x is saved as it came"
-            gradients = torch.autograd.grad(y.sum(), (x, weight, residual))
-            assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32, dtype]
-        assert normops.group_norm(x, 3).dtype == dtype, "outside of autocast"
-        if dtype in (torch.float16, torch.bfloat16):
-            with cuda_autocast():
-                mixed = normops.group_norm(x, 3, residual=draw(2, 6, 4, dtype=torch.float32))
-            assert mixed.dtype == torch.float32, "a float32 residual, from another op that autocast runs in float32"
+            assert [gradient.dtype for gradient in torch.autograd.grad(y.sum(), wanted)] == [value.dtype for value in wanted]
+        assert leaves(norm.function(x, **options))[0].dtype == dtype, "outside of autocast"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@over_norms("group_norm", "layer_norm", "layer_norm_dim1", "rms_norm", "add_layer_norm", "add_rms_norm")
+def test_cuda_autocast_of_a_wide_residual(norm, dtype):
+    """A float32 residual, from another op that autocast runs in float32."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else torch._subclasses.FakeTensorMode():
+        x = torch.randn(norm.sizes(2, 5, 4)[0], dtype=dtype, device="cuda")
+        with cuda_autocast():
+            results = leaves(norm.function(x, residual=torch.randn_like(x, dtype=torch.float32), **norm.settings(x)))
+        assert {result.dtype for result in results} == {torch.float32}
 
 
 # ---- checkpointing, inference, subclasses, modes ----
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoint(use_reentrant, backend, device):
-    values = tensors(device=device)
-    dy = torch.randn_like(values[0])
-    got = with_gradients_by_backward(lambda *args: checkpoint(fused, *args, use_reentrant=use_reentrant), values, dy)
-    want = with_gradients_by_backward(fused, values, dy)
-    for mine, other in zip(got, want, strict=True):
-        assert torch.equal(mine, other)
-
-
-def with_gradients_by_backward(f, values, dy):
+def with_gradients_by_backward(f, values, dys):
     """As with_gradients, by .backward(): reentrant checkpointing knows no autograd.grad."""
-    leaves = [value.detach().requires_grad_() for value in values]
-    y = f(*leaves)
-    y.backward(dy)
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
+    inputs = [value.detach().requires_grad_() for value in values]
+    results = leaves(f(*inputs))
+    torch.autograd.backward(results, dys)
+    return [*(result.detach() for result in results), *(value.grad for value in inputs)]
 
 
-def test_selective_checkpoint():
-    """A policy sees group_norm_fwd and may keep its outputs."""
-    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@over_norms()
+def test_checkpoint(norm, use_reentrant, backend, device):
+    values = norm.tensors(device=device)
+    dys = cotangents(norm, values)
+    got = with_gradients_by_backward(lambda *args: checkpoint(norm, *args, use_reentrant=use_reentrant), values, dys)
+    assert all(map(torch.equal, got, with_gradients_by_backward(norm, values, dys)))
 
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_of_running_statistics(use_reentrant):
+    """Computed twice, they are updated twice, as torch's are."""
+    modules = [kind(6, track_running_stats=True) for kind in (nn.InstanceNorm1d, torch.nn.InstanceNorm1d)]
+    x = torch.randn(2, 6, 5, requires_grad=True)
+    for module in modules:
+        checkpoint(module, x, use_reentrant=use_reentrant).sum().backward()
+    compare(*([module.running_mean, module.running_var] for module in modules))
+
+
+@over_norms()
+def test_selective_checkpoint(norm):
+    """A policy sees the kernel and may keep its outputs."""
     seen = []
 
     def policy(ctx, op, *args, **kwargs):
         seen.append(op)
-        return CheckpointPolicy.MUST_SAVE if op == FWD else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op == norm.fwd else CheckpointPolicy.PREFER_RECOMPUTE
 
-    values = tensors()
-    dy = torch.randn_like(values[0])
-    call = lambda *args: checkpoint(fused, *args, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))  # noqa: E731
-    compare(with_gradients_by_backward(call, values, dy), with_gradients_by_backward(fused, values, dy))
-    assert FWD in seen
+    values = norm.tensors()
+    dys = cotangents(norm, values)
+    call = lambda *args: checkpoint(norm, *args, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))  # noqa: E731
+    compare(with_gradients_by_backward(call, values, dys), with_gradients_by_backward(norm, values, dys))
+    assert norm.fwd in seen
 
 
-def test_inference_mode(backend, device):
-    x, weight, bias, residual, scale, shift = tensors(device=device, requires_grad=False)
-    want = fused(x, weight, bias, residual, scale, shift)
+@over_norms()
+def test_inference_mode(norm, backend, device):
+    values = norm.tensors(device=device, requires_grad=False)
+    want = leaves(norm(*values))
     with torch.inference_mode():
-        y = fused(x, weight, bias, residual, scale, shift)
-        assert y.is_inference() and torch.equal(y, want)
-        made_inside = x.clone()
+        results = leaves(norm(*values))
+        assert all(y.is_inference() for y in results) and all(map(torch.equal, results, want))
+        made_inside = values[0].clone()
     with torch.no_grad():
-        assert torch.equal(fused(made_inside, weight, bias, residual, scale, shift), want)
+        assert all(map(torch.equal, leaves(norm(made_inside, *values[1:])), want))
+
+
+@over_norms()
+def test_saved_tensors_hooks(norm, backend, device):
+    """What is saved may be packed elsewhere, and comes back the same."""
+    values = norm.tensors(device=device)
+    dys = cotangents(norm, values)
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value.numpy(force=True).copy(), lambda value: torch.from_numpy(value).to(device)):
+        got = with_gradients(norm, values, dys)
+    compare(got[1], with_gradients(norm, values, dys)[1], rtol=0, atol=0)
 
 
 class Logged(torch.Tensor):
@@ -550,39 +375,42 @@ class Logged(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         cls.seen.append(func)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda value: value.inner, (args, kwargs or {}))
-        return torch.utils._pytree.tree_map_only(torch.Tensor, cls, func(*args, **kwargs))
+        args, kwargs = tree_map_only(cls, lambda value: value.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*args, **kwargs))
 
 
-def test_subclass(backend, device):
-    """Both ops reach __torch_dispatch__, and the result is wrapped."""
-    x, weight = torch.randn(2, 6, 4, device=device), torch.randn(6, device=device)
-    wrapped = Logged(x.clone().requires_grad_())
+@over_norms()
+def test_subclass(norm, backend, device):
+    """Both ops reach __torch_dispatch__, and the results are wrapped."""
+    values = norm.tensors(dtype=torch.float32, device=device)
+    wrapped = Logged(values[0].detach().clone().requires_grad_())
     Logged.seen.clear()
-    y = normops.group_norm(wrapped, 3, weight, activation="silu")
-    assert isinstance(y, Logged) and torch.equal(y.inner, normops.group_norm(x, 3, weight, activation="silu"))
-    (dx,) = torch.autograd.grad(y, wrapped, Logged(torch.ones_like(x)))
-    assert FWD in Logged.seen and BWD in Logged.seen
-    plain = x.clone().requires_grad_()
-    want = torch.autograd.grad(normops.group_norm(plain, 3, weight, activation="silu").sum(), plain)[0]
-    assert torch.equal(dx.inner, want)
+    results, want = leaves(norm(wrapped, *values[1:])), leaves(norm(*values))
+    assert all(isinstance(mine, Logged) and torch.equal(mine.inner, plain) for mine, plain in zip(results, want, strict=True))
+    dys = [torch.randn_like(y) for y in want]
+    (dx,) = torch.autograd.grad(results, wrapped, [Logged(dy) for dy in dys])
+    assert norm.fwd in Logged.seen and norm.bwd in Logged.seen
+    assert torch.equal(dx.inner, torch.autograd.grad(want, values[0], dys)[0])
 
 
-def test_parameter_and_plain_subclass(device):
+@over_norms()
+def test_parameter_and_plain_subclass(norm, device):
     """nn.Parameter, nn.Buffer and a subclass without behaviour compute as plain tensors do."""
 
     class Named(torch.Tensor):
         pass
 
-    x = torch.randn(2, 6, 4, device=device)
-    want = normops.group_norm(x, 3)
-    assert torch.equal(normops.group_norm(torch.nn.Parameter(x), 3), want)
-    y = normops.group_norm(x.as_subclass(Named), 3)
-    assert isinstance(y, Named) and torch.equal(y.as_subclass(torch.Tensor), want)
+    x, *others = norm.tensors(device=device, requires_grad=False)
+    want = leaves(norm(x, *others))
+    for wrap in (torch.nn.Parameter, torch.nn.Buffer):
+        assert all(map(torch.equal, leaves(norm(wrap(x), *others)), want))
+    results = leaves(norm(x.as_subclass(Named), *others))
+    assert all(isinstance(y, Named) and torch.equal(y.as_subclass(torch.Tensor), plain) for y, plain in zip(results, want, strict=True))
 
 
-def test_dispatch_mode_sees_the_ops(backend, device):
-    """A TorchDispatchMode sees group_norm_fwd and group_norm_bwd, as profilers and flop counters need."""
+@over_norms()
+def test_dispatch_mode_sees_the_ops(norm, backend, device):
+    """A TorchDispatchMode sees the kernels, as profilers and flop counters need."""
     seen = []
 
     class Mode(TorchDispatchMode):
@@ -590,34 +418,39 @@ def test_dispatch_mode_sees_the_ops(backend, device):
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    x = torch.randn(2, 6, 4, device=device, requires_grad=True)
+    values = norm.tensors(device=device)
     with Mode():
-        normops.group_norm(x, 3, activation="silu").sum().backward()
-    assert FWD in seen and BWD in seen
+        loss(norm)(*values).backward()
+    assert norm.fwd in seen and norm.bwd in seen
 
 
-def test_tracing():
-    """torch.jit.trace records the op (deprecated, still used for deployment)."""
-    x = torch.randn(2, 6, 4)
-    traced = torch.jit.trace(lambda x: normops.group_norm(x, 3, activation="silu"), x)
-    other = torch.randn(3, 6, 7)
-    torch.testing.assert_close(traced(other), normops.group_norm(other, 3, activation="silu"))
+@over_norms()
+def test_tracing(norm):
+    """torch.jit.trace records the op (deprecated, still used for deployment); what it recorded has gradients."""
+    values = norm.tensors(requires_grad=False)
+    traced = torch.jit.trace(lambda *values: norm(*values), tuple(values))
+    values = norm.tensors((3, 7, 9))
+    dys = cotangents(norm, values)
+    for got, want in zip(with_gradients(traced, values, dys), with_gradients(norm, values, dys), strict=True):
+        compare(got, want)
 
 
-def test_make_fx():
+@over_norms()
+def test_make_fx(norm):
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    x, weight = torch.randn(2, 6, 4), torch.randn(6)
-    graph = make_fx(lambda x, w: normops.group_norm(x, 3, w, activation="silu"))(x, weight)
+    values = norm.tensors(requires_grad=False)
+    graph = make_fx(norm)(*values)
     assert any("normops" in str(node.target) for node in graph.graph.nodes)
-    torch.testing.assert_close(graph(x, weight), normops.group_norm(x, 3, weight, activation="silu"))
+    compare(leaves(graph(*values)), leaves(norm(*values)))
 
 
-def test_threads(backend, device):
+@over_norms("group_norm", "instance_norm", "layer_norm", "rms_norm_dim1")
+def test_threads(norm, backend, device):
     """Calls from several threads at once."""
     from concurrent.futures import ThreadPoolExecutor
 
-    x = torch.randn(2, 6, 40, device=device)
-    want = normops.group_norm(x, 3, activation="silu")
+    values = norm.tensors((2, 40, 3), dtype=torch.float32, device=device, requires_grad=False)
+    want = norm(*values)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(y, want) for y in pool.map(lambda _: normops.group_norm(x, 3, activation="silu"), range(16)))
+        assert all(torch.equal(y, want) for y in pool.map(lambda _: norm(*values), range(16)))

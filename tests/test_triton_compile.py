@@ -1,7 +1,7 @@
 """Compiles every kernel that the heuristics pick for real shapes, without a GPU, and asserts what predicts speed in the machine code:
 no spills, full-width accesses wherever the contiguous length allows them, no atomics, and few enough instructions an element."""
 
-import math
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -13,110 +13,162 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from normops.kernels.config import choose
-from triton_variants import compile_variant, executed, global_accesses, launches, resources
+from normops.kernels.config import Config, Device, RowConfig, choose, choose_rows
+from triton_variants import compile_variant, executed, global_accesses, group_launches, resources, row_launches
 
 B, H, F, D = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-# shape, groups, dtype, channels last, activation, residual, rows of weight (1) or one a sample (2)
-CALLS = [
-    ((2, 640, 32, 32), 32, B, False, 3, False, 1),  # held, the largest
-    ((2, 320, 32, 32), 32, H, False, 3, False, 1),
-    ((2, 1280, 8, 8), 32, B, False, 3, True, 2),
-    ((64, 64, 56, 56), 32, F, False, 1, False, 1),
-    ((2, 320, 32, 32), 32, F, False, 5, False, 1),
-    ((64, 2048, 7, 7), 32, F, False, 1, True, 1),  # 49 positions: nothing divides
-    ((64, 512, 14, 14), 32, B, False, 8, False, 1),
-    ((2, 1280, 16, 16), 32, B, True, 3, False, 1),
-    ((8, 64, 8, 8), 32, F, True, 1, False, 1),  # held channels last, under a sector
-    ((16384, 4096), 64, B, False, 0, False, 1),  # (N, C), backward walks over samples
-    ((1024, 8192), 512, F, False, 3, False, 2),
-    ((64, 512, 257), 512, B, False, 4, False, 1),  # held, odd
-    ((2, 320, 64, 64), 32, B, False, 3, False, 1),  # split, merged in apply
-    ((2, 320, 64, 64), 32, F, False, 3, True, 1),
-    ((2, 320, 64, 64), 32, B, True, 3, False, 1),
-    ((2, 320, 64, 64), 32, F, True, 3, False, 2),
-    ((1, 128, 1024, 1024), 32, B, False, 3, False, 1),  # split, folded
-    ((1, 128, 1024, 1024), 32, B, True, 3, False, 1),
-    ((2, 30, 96, 97), 3, F, True, 7, False, 1),  # 30 channels: two at a time
-    ((8, 512, 49999), 512, B, False, 4, False, 1),  # split, odd
-    ((1, 512, 49999), 1, F, False, 6, False, 1),
-    ((2, 64, 33, 33, 33), 8, D, False, 3, True, 1),
-    ((2, 64, 8, 8), 8, D, True, 6, False, 1),
-    ((4, 128, 126, 126), 128, F, False, 2, False, 1),
-    ((4, 40000), 1, B, False, 0, False, 1),  # (N, C), split
+# N, C, S, groups, dtype, channels last, activation, residual, rows of weight and bias, frozen
+GROUP = [
+    (2, 640, 32 * 32, 32, B, False, 3, False, 1, False),  # held, the largest
+    (2, 320, 32 * 32, 32, H, False, 3, False, 1, False),
+    (2, 1280, 8 * 8, 32, B, False, 3, True, 2, False),
+    (64, 64, 56 * 56, 32, F, False, 1, False, 1, False),
+    (2, 320, 32 * 32, 32, F, False, 5, False, 1, False),
+    (64, 2048, 7 * 7, 32, F, False, 1, True, 1, False),  # 49 positions: nothing divides
+    (64, 512, 14 * 14, 32, B, False, 8, False, 1, False),
+    (2, 1280, 16 * 16, 32, B, True, 3, False, 1, False),
+    (8, 64, 8 * 8, 32, F, True, 1, False, 1, False),  # held channels last, under a sector
+    (2, 320, 8 * 8 * 8, 320, H, False, 2, False, 1, False),  # instance norm, held
+    (64, 512, 257, 512, B, False, 4, False, 1, False),  # held, odd
+    (2, 320, 64 * 64, 32, B, False, 3, False, 1, False),  # split, merged in apply
+    (2, 320, 64 * 64, 32, F, False, 3, True, 1, False),
+    (2, 320, 64 * 64, 32, B, True, 3, False, 1, False),
+    (2, 320, 64 * 64, 32, F, True, 3, False, 2, False),
+    (1, 128, 1 << 20, 32, B, False, 3, False, 1, False),  # split, folded
+    (1, 128, 1 << 20, 32, B, True, 3, False, 1, False),
+    (2, 30, 96 * 97, 3, F, True, 7, False, 1, False),  # 30 channels: two at a time
+    (8, 512, 49999, 512, B, False, 4, False, 1, False),  # split, odd
+    (1, 512, 49999, 1, F, False, 6, False, 1, False),
+    (2, 64, 33**3, 8, D, False, 3, True, 1, False),
+    (2, 64, 8 * 8, 8, D, True, 6, False, 1, False),
+    (4, 128, 126 * 126, 128, F, False, 2, False, 1, False),
+    (2, 32, 1 << 21, 32, H, True, 2, False, 1, False),  # instance norm, split
+    (32, 64, 112 * 112, 64, F, False, 1, True, 1, True),  # given statistics
+    (32, 64, 112 * 112, 64, B, True, 1, False, 1, True),
+]
+# N, C, S, groups, dtype, centered, activation, addend, rows of weight and bias (0: there are none)
+ROW = [
+    (401408, 96, 1, 1, B, True, 0, False, 1),  # many rows a program
+    (262144, 128, 1, 1, B, False, 0, False, 1),
+    (16384, 4096, 1, 64, B, True, 0, False, 1),  # a group norm of single positions
+    (1024, 8192, 1, 512, F, True, 3, False, 1024),
+    (32768, 512, 1, 1, B, False, 0, False, 1),  # a warp for each row
+    (25216, 768, 1, 1, B, True, 0, False, 1),
+    (8192, 4096, 1, 1, B, False, 0, True, 1),
+    (8192, 4096, 1, 1, H, True, 0, False, 64),  # a weight and a bias for each sample
+    (8192, 4096, 1, 1, B, True, 3, False, 1),
+    (16384, 7168, 1, 1, B, True, 0, False, 1),  # the longest that backward holds
+    (8192, 8192, 1, 1, B, False, 0, False, 1),
+    (4096, 16384, 1, 1, F, True, 0, False, 1),  # the longest that forward holds
+    (64, 4096, 1, 1, B, False, 0, True, 1),  # few rows
+    (16384, 131072, 1, 1, B, True, 0, False, 1),  # long
+    (16, 1 << 22, 1, 1, F, True, 0, False, 1),  # split
+    (4096, 1024, 1, 1, D, True, 3, False, 1),
+    (4096, 65535, 1, 1, F, False, 0, False, 0),  # odd
+    (112, 64, 1 << 18, 1, F, False, 0, False, 0),  # across
+    (128, 192, 28 * 28, 1, B, True, 0, False, 1),
+    (128, 768, 7 * 7, 1, B, True, 0, False, 1),  # across, long, odd
 ]
 CAPABILITIES = [90, 80, 100]
 # Instructions an element at which the issue slots and the HBM of an H200 are even; erf alone takes 25.
 BUDGET = {(B, False): 29, (B, True): 42, (H, False): 29, (H, True): 42, (F, False): 57, (F, True): 84}
 
 
+@dataclasses.dataclass
+class Variant:
+    call: tuple
+    backward: bool
+    capability: int
+    name: str
+    config: Config | RowConfig
+    named: dict  # the arguments by name, True for tensors
+    elements: float  # a thread's, of a tile; 0 where there is no such tile
+    usage: dict
+    opcodes: list  # of a whole program, or of the loop over tiles
+    ptx: str
+
+    @property
+    def dtype(self):
+        return self.call[4]
+
+
 def inspect(job):
     call, backward, capability = job
-    shape, G, dtype, channels_last, activation, residual, dims = call
-    N, C = shape[:2]
-    config = choose(N, C, math.prod(shape[2:]), G, dtype.itemsize, channels_last, backward)
+    N, C, S, G, dtype, *rest = call
     found = []
-    for kernel, num_warps, args in launches(config, shape, G, dtype, channels_last, backward, activation, residual, dims):
-        compiled = compile_variant(kernel, num_warps, args, capability)
+    if call in GROUP:
+        channels_last, activation, residual, rows, frozen = rest
+        config = choose(N, C, S, G, dtype.itemsize, channels_last, backward, Device(), frozen)
+        launches = group_launches(config, N, C, S, G, dtype, channels_last, backward, activation, residual, rows, frozen)
+    else:
+        centered, activation, addend, rows = rest
+        config = choose_rows(N, C, S, G, dtype.itemsize, max(1, rows), backward, rows > 0)
+        launches = row_launches(config, N, C, S, G, dtype, centered, backward, activation, addend, rows)
+    for kernel, num_warps, args in launches:
         named = dict(zip((p.name for p in kernel.params), args, strict=True))
         named = {name: True if isinstance(value, torch.Tensor) else value for name, value in named.items()}
-        opcodes = executed(compiled)
-        found.append((kernel.__name__, num_warps, named, config, resources(compiled), global_accesses(opcodes), opcodes, compiled.asm["ptx"]))
+        walks = "STAGES" in named and named["STEP"] != 2
+        lanes = named.get("ROWS", 1) * named.get("OUTER", 1) * named.get("BLOCK_C", 1) * named.get("BLOCK_S", 1)
+        lanes *= named.get("GROUPS", 1) * named.get("BLOCK", 1)
+        elements = lanes / (32 * num_warps) if "OUTER" in named or "BLOCK" in named else 0
+        compiled = compile_variant(kernel, num_warps, args, capability)
+        opcodes = executed(compiled, once=walks)
+        found.append(Variant(call, backward, capability, kernel.__name__, config, named, elements, resources(compiled), opcodes, compiled.asm["ptx"]))
     return found
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    jobs = [(call, backward, capability) for capability in CAPABILITIES for call in CALLS for backward in (False, True)]
+    jobs = [(call, backward, capability) for capability in CAPABILITIES for call in GROUP + ROW for backward in (False, True)]
     # The older and the newer architectures differ in the back end only: a quarter of the calls shows that it takes every kernel.
     jobs = [job for i, job in enumerate(jobs) if job[2] == 90 or i % 4 == 0]
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        return list(zip(jobs, pool.map(inspect, jobs, chunksize=1), strict=True))
+        return [variant for found in pool.map(inspect, jobs, chunksize=1) for variant in found]
 
 
 def every(compiled, complaint):
     """`complaint` says what is wrong with a variant, or nothing; all complaints together are the failure."""
-    complaints = []
-    for (call, backward, capability), found in compiled:
-        for variant in found:
-            if text := complaint(call, backward, *variant):
-                complaints.append(f"sm_{capability} {call} {variant[0]} {variant[3]}: {text}")
+    complaints = [f"sm_{v.capability} {v.call} {v.name} {v.config}: {text}" for v in compiled if (text := complaint(v))]
     assert not complaints, "\n".join(complaints)
 
 
-def elements_of(named, num_warps):
-    """Elements a thread."""
-    return named.get("ROWS", 1) * named["OUTER"] * named["BLOCK_C"] * named["BLOCK_S"] / (32 * num_warps)
-
-
 def test_no_spills(compiled):
-    def complaint(call, backward, name, num_warps, named, config, usage, accesses, opcodes, ptx):
-        if call[2] == D:  # a few registers are saved around the functions that divide and exponentiate in fp64
+    def complaint(v):
+        if v.dtype == D:  # a few registers are saved around the functions that divide and exponentiate in fp64
             return None
-        spilled = any(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
-        # ptxas may give up two registers for a step of occupancy (that of Triton 3.6 does, once); it must not be more.
-        return usage if usage["stack"] > 8 or usage["local"] or (spilled and not usage["stack"]) else None
+        spilled = any(opcode.startswith(("LDL", "STL")) for opcode in v.opcodes)
+        # ptxas may give up two registers for a step of occupancy (that of Triton 3.6 does, once), and twelve where x, dy, weight and sums of
+        # 8192 channels fill the 128 that a thread of 16 warps can have; it must not be more.
+        allowed = 48 if "STAGES" in v.named and v.config.num_warps == 16 else 8
+        return v.usage if v.usage["stack"] > allowed or v.usage["local"] or (spilled and not v.usage["stack"]) else None
 
     every(compiled, complaint)
 
 
 def test_no_atomics(compiled):
-    every(compiled, lambda *variant: re.search(r"\b(atom|red)\.", variant[-1]))
+    every(compiled, lambda v: re.search(r"\b(atom|red)\.", v.ptx))
 
 
 def test_full_width(compiled):
     """Tensors of x's size are read and written in vectors of V elements only."""
 
-    def complaint(call, backward, name, num_warps, named, config, usage, accesses, opcodes, ptx):
-        if "OUTER" not in named:
+    def complaint(v):
+        if not v.elements:
             return None
-        vectors = max(1, int(elements_of(named, num_warps)) // config.V)
-        width = config.V * call[2].itemsize * 8
-        read = vectors * sum(named.get(name) is not None for name in ("x_ptr", "dy_ptr", "residual_ptr"))
-        written = vectors * sum(named.get(name) is not None for name in ("y_ptr", "dx_ptr", "dresidual_ptr"))
-        if accesses["ld", width] < read or accesses["st", width] < written:
-            return f"expected {read} loads and {written} stores of {width} bits, got {accesses}"
+        vectors = max(1, int(v.elements) // v.config.V)
+        width = v.config.V * v.dtype.itemsize * 8
+        # Without y or dx the step of a long row gathers moments or sums; WHOLE reads its row twice.
+        step = v.named.get("STEP")
+        read = sum(v.named.get(name) is not None for name in ("x_ptr", "dy_ptr", "residual_ptr", "addend_ptr", "dtotal_ptr"))
+        written = sum(v.named.get(name) is not None for name in ("y_ptr", "dx_ptr", "dresidual_ptr", "total_ptr"))
+        if step == 1:
+            read, written = read - (v.named.get("dtotal_ptr") is not None), v.named.get("total_ptr") is not None
+        elif step == 0 and "long" in v.name:
+            read *= 2
+        accesses = global_accesses(v.opcodes)
+        if accesses["ld", width] < read * vectors or accesses["st", width] < written * vectors:
+            return f"expected {read * vectors} loads and {written * vectors} stores of {width} bits, got {accesses}"
         # What may be narrow: weight and bias of 8 channels, the one value that moments start from, a head and tail.
         if width == 128 and (accesses["ld", 16] > 18 or accesses["st", 16] > 2 or accesses["st", 8] or accesses["ld", 8]):
             return f"narrow accesses: {accesses}"
@@ -126,13 +178,15 @@ def test_full_width(compiled):
 
 
 def test_instructions(compiled):
-    def complaint(call, backward, name, num_warps, named, config, usage, accesses, opcodes, ptx):
-        budget = BUDGET.get((call[2], backward))
-        # Below 32 elements a thread the fixed costs of a program weigh more. Most of those do not fill the device; (N, C) and odd S
-        # backward may, and lie over the budget or near it (34 and 44 of 29 and 42 for (N, C)): not asserted, still to be measured.
-        if "OUTER" not in named or budget is None or config.V * call[2].itemsize < 16 or call[4] == 4 or elements_of(named, num_warps) < 32:
+    def complaint(v):
+        budget = BUDGET.get((v.dtype, v.backward))
+        # Below 32 elements a thread (16 in a loop over tiles) the fixed costs of a program weigh more. Most of those do not fill the device;
+        # odd S backward may, and lies near the budget (44 of 42): not asserted, still to be measured. So does what goes across channels in
+        # accesses of 8 bytes (30 of 29 forward).
+        enough = 16 if "STAGES" in v.named else 32
+        if budget is None or v.config.V * v.dtype.itemsize < 16 or 4 in v.call[5:7] or v.elements < enough:
             return None
-        count = len(opcodes) / elements_of(named, num_warps)
-        return f"{count:.1f} instructions an element, budget {budget}, {usage}" if count > budget else None
+        count = len(v.opcodes) / v.elements
+        return f"{count:.1f} instructions an element, budget {budget}, {v.usage}" if count > budget else None
 
     every(compiled, complaint)

@@ -1,4 +1,5 @@
-"""Runs triton_cases.py with TRITON_INTERPRET=1. That must be set before Triton is first imported, hence a process of its own."""
+"""Runs triton_cases.py and triton_row_cases.py with TRITON_INTERPRET=1, both at a time. That must be set before Triton is first imported,
+hence processes of their own."""
 
 import os
 import pathlib
@@ -11,11 +12,16 @@ import pytest
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     here = pathlib.Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "triton_cases.py")],
-        cwd=here.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / name)],
+            cwd=here.parent,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("triton_cases.py", "triton_row_cases.py")
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)

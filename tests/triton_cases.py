@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from normops.kernels import group_norm
 from normops.kernels.config import Config, choose
+from normops.kernels.fold import fold
 
 ACTIVATIONS = {
     "none": lambda t: t,
@@ -52,8 +53,7 @@ PLACES = {
     "held samples folded into slots": ((5, 6, 3, 3), 3, False, held(1, 4, 1, 2, 16, SLOTS=2)),
     "held channels last": ((2, 8, 5, 3), 2, True, held(4, 1, 1, 4, 16)),
     "held channels last rows": ((3, 12, 2, 2), 4, True, held(1, 8, 1, 4, 4)),
-    "held (N, C)": ((7, 24), 3, False, held(8, 4, 1, 8, 1, SLOTS=4)),
-    "held one element a group": ((3, 4), 4, False, held(1, 4, 1, 1, 1)),
+    "held instance": ((2, 4, 3, 2), 4, False, held(2, 4, 1, 1, 8)),
     "split": ((2, 6, 8, 12), 2, False, split(4, 1, 2, 32)),
     "split outer": ((1, 8, 8, 12), 2, False, split(4, 2, 4, 16)),
     "split merged in apply": ((2, 6, 8, 12), 1, False, split(4, 1, 2, 32, FOLD=True, LARGE=True)),
@@ -62,27 +62,43 @@ PLACES = {
     "split channels last": ((2, 12, 7, 5), 4, True, split(4, 1, 8, 16)),
     "split channels last merged in apply": ((2, 8, 7, 5), 2, True, split(4, 1, 4, 16, FOLD=True)),
     "split channels last primes": ((1, 11, 13, 3), 1, True, split(1, 1, 8, 16)),
-    "split (N, C)": ((2, 40), 2, True, split(8, 1, 32, 1)),
+    "split channels last instance": ((2, 12, 7, 5), 12, True, split(4, 1, 8, 16)),
 }
-STATISTICS = ["held", "held rows over samples and groups", "held odd outer", "held channels last", "held (N, C)"] + [
-    "split", "split merged in apply", "split odd", "split channels last primes",
+STATISTICS = ["held", "held rows over samples and groups", "held odd outer", "held channels last"] + [
+    "split", "split merged in apply", "split odd", "split channels last primes", "split channels last instance",
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
+def poisoned():
     """Workspaces arrive full of NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    _guards.clear()
+
+
+_guards = []
+
+
+def guarded(x):
+    """An output like x, full of NaN, between guards that `check_guards` looks at."""
+    if x is None:
+        return None
+    memory = torch.full((x.numel() + 128,), 7.0, dtype=x.dtype)
+    _guards.append(memory)
+    return memory[64:-64].fill_(float("nan")).as_strided(x.shape, x.stride())
+
+
+def check_guards():
+    for memory in _guards:
+        assert (memory[:64] == 7).all() and (memory[-64:] == 7).all(), "a kernel wrote beside its output"
 
 
 def random(*shape, dtype, channels_last=False, mean=0.0):
     x = (torch.randn(shape, dtype=torch.float64) + mean).to(dtype)
     return x.to(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
-
-
-def nan_like(x):
-    return None if x is None else torch.full_like(x, float("nan"))
 
 
 def torch_way(x, dy, weight, bias, residual, G, eps, activation, dtype):
@@ -113,15 +129,19 @@ def compare(ours, theirs, exact, names=("y", "dx", "dweight", "dbias", "dresidua
         assert error(mine, truth) <= allowed, f"{name}: error {error(mine, truth):.2e}, allowed {allowed:.2e}"
 
 
-def run(place, x, dy, weight, bias, residual, eps=1e-5, activation="silu", want=(True, True, True)):
+def run(place, x, dy, weight, bias, residual, eps=1e-5, activation="silu", want=(True, True, True), stats=None):
     shape, G, channels_last, config = place
-    y, stats = nan_like(dy), torch.full((3, shape[0], G), float("nan"), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    code = CODE[activation]
-    group_norm.forward(config, y, stats, x, weight, bias, residual, G, channels_last, eps, code, 0.1)
-    config = replace(config, FOLD=False, SLOTS=config.SLOTS or shape[0])
-    dx, dweight, dbias = (nan_like(t) if wanted else None for t, wanted in zip((x, weight, bias), want, strict=True))
-    dresidual = nan_like(residual)
-    group_norm.backward(config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, G, channels_last, code, 0.1)
+    N, C = shape[:2]
+    frozen = stats is not None
+    if not frozen:
+        stats = guarded(torch.empty(3, N, G, dtype=torch.promote_types(x.dtype, torch.float32)))
+    y, code = guarded(dy), CODE[activation]
+    group_norm.forward(config, y, stats, x, weight, bias, residual, N, C, G, channels_last, frozen, eps, code, 0.1)
+    config = replace(config, FOLD=False, SLOTS=config.SLOTS or N)
+    dx, dweight, dbias = (guarded(t) if wanted else None for t, wanted in zip((x, weight, bias), want, strict=True))
+    dresidual = guarded(residual)
+    group_norm.backward(config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, G, channels_last, frozen, code, 0.1)
+    check_guards()
     return [y, dx, dweight, dbias, dresidual], stats
 
 
@@ -148,12 +168,14 @@ def test_place(place):
 
 
 @pytest.mark.parametrize("place", ["held", "split", "split merged in apply"])
-def test_without_stats(place):
+def test_without_stats_or_y(place):
     shape, G, channels_last, config = PLACES[place]
     x, y, silent = random(*shape, dtype=torch.float32), torch.empty(shape), torch.empty(shape)
-    group_norm.forward(config, y, torch.empty(3, shape[0], G), x, None, None, None, G, channels_last, 1e-5, 0, 0.0)
-    group_norm.forward(config, silent, None, x, None, None, None, G, channels_last, 1e-5, 0, 0.0)
-    assert torch.equal(silent, y)
+    stats, alone = torch.empty(3, shape[0], G), torch.empty(3, shape[0], G)
+    group_norm.forward(config, y, stats, x, None, None, None, *shape[:2], G, channels_last, False, 1e-5, 0, 0.0)
+    group_norm.forward(config, silent, None, x, None, None, None, *shape[:2], G, channels_last, False, 1e-5, 0, 0.0)
+    group_norm.forward(config, None, alone, x, None, None, None, *shape[:2], G, channels_last, False, 1e-5, 0, 0.0)
+    assert torch.equal(silent, y) and error(alone, stats.double()) <= 2**-22
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -168,7 +190,7 @@ def test_dtype(place, dtype):
     check(PLACES[place], dtype)
 
 
-@pytest.mark.parametrize("place", ["held", "held rows over samples and groups", "held (N, C)", "split", "split channels last"])
+@pytest.mark.parametrize("place", ["held", "held rows over samples and groups", "split", "split channels last"])
 @pytest.mark.parametrize("dims", [(2, 2), (None, None), (1, None), (None, 2), (2, 1), (1, 2)], ids=str)
 def test_affine(place, dims):
     check(PLACES[place], dims=dims, with_residual=False)
@@ -238,7 +260,69 @@ def test_sums_are_the_same_however_they_are_split():
         assert error(other, once.double()) <= 2**-21
 
 
-CHOSEN = [((2, 12, 7, 5), 4, False), ((1, 4, 257), 2, False), ((3, 10), 5, False), ((2, 8, 4, 4), 2, True)]
+FROZEN = ["split", "split odd", "split channels last", "split channels last instance"]
+
+
+@pytest.mark.parametrize("place", FROZEN)
+@pytest.mark.parametrize("dims, shared", [((1, 1), True), ((2, 1), True), ((1, 1), False)], ids=str)
+def test_frozen(place, dims, shared):
+    """Given statistics: an elementwise function of x and the gradients of one, whatever x is."""
+    shape, G, channels_last, _ = PLACES[place]
+    N, C = shape[:2]
+    torch.manual_seed(0)
+    x, dy, residual = (random(*shape, dtype=torch.float32, channels_last=channels_last) for _ in range(3))
+    stats = torch.stack([random(1 if shared else N, G, dtype=torch.float32) for _ in range(3)])
+    stats[1] *= 1e-8
+    stats[2].exp_()
+    weight, bias = (random(*(N, C)[2 - d :], dtype=torch.float32) for d in dims)
+
+    def exact(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias, residual)]
+        mean, lo, rstd = (t.to(dtype).repeat_interleave(C // G, 1).view(-1, C, *[1] * (x.dim() - 2)) for t in stats)
+        w, b = (p.view(-1, C, *[1] * (x.dim() - 2)) for p in leaves[1:3])
+        y = F.silu((leaves[0] - mean - lo) * rstd * w + b + leaves[3])
+        y.backward(dy.to(dtype))
+        return [y.detach()] + [t.grad for t in leaves]
+
+    ours, _ = run(PLACES[place], x, dy, weight, bias, residual, stats=stats)
+    compare(ours, exact(torch.float32), exact(torch.float64))
+    # Through the public pair, which may see all samples as one; again with an x that is not finite.
+    outputs = [guarded(t) for t in (x, x, weight, bias, residual)]
+    arguments = (N, C, G, channels_last, True)
+    group_norm.group_norm_fwd(outputs[0], stats, x, weight, bias, residual, *arguments, 1e-5, 3, 0.0)
+    group_norm.group_norm_bwd(*outputs[1:], dy, x, stats, weight, bias, residual, *arguments, 3, 0.0)
+    check_guards()
+    compare(outputs, exact(torch.float32), exact(torch.float64))
+    x[0, 1, 2] = float("inf")
+    group_norm.group_norm_bwd(outputs[1], None, None, None, dy, x, stats, weight, bias, None, *arguments, 0, 0.0)
+    assert outputs[1].isfinite().all()
+
+
+def test_many_partials():
+    """More than 512 chunks a sample are brought together in two steps."""
+    torch.manual_seed(0)
+    N, T, C, D, CHUNK = 2, 519, 6, 3, 4
+    x = random(N, T, C, CHUNK, dtype=torch.float64, mean=1e4)
+    x[:, -1, :, 3] = float("nan")  # the last chunk is one position short
+    mean = x.nanmean(3)
+    root_M2 = (x - mean[..., None]).square().nansum(3).sqrt()
+    partials = torch.stack([mean.float(), mean - mean.float(), root_M2]).float()
+    stats = guarded(torch.empty(3, N, C // D))
+    group_norm.fold_moments(partials, stats, D, T * CHUNK - 1, CHUNK, 1e-5)
+    groups = x.view(N, T, C // D, D, CHUNK).movedim(2, 1).flatten(2)
+    mean = groups.nanmean(2)
+    rstd = ((groups - mean[..., None]).square().nanmean(2) + 1e-5).rsqrt()
+    assert error(stats[0].double() + stats[1].double() - 1e4, mean - 1e4) < 1e-5 and error(stats[2], rstd) < 1e-6
+
+    sums = random(2, 3 * 600, 5, dtype=torch.float32)
+    dweight, dbias = guarded(torch.empty(3, 5)), guarded(torch.empty(5))
+    fold(sums, dweight, dbias)
+    check_guards()
+    theirs, exact = ([s[0].view(3, 600, 5).sum(1), s[1].sum(0)] for s in (sums, sums.double()))
+    compare([dweight, dbias], theirs, exact, ("dweight", "dbias"))
+
+
+CHOSEN = [((2, 12, 7, 5), 4, False), ((1, 4, 257), 2, False), ((2, 8, 4, 4), 2, True), ((2, 6, 5, 5), 6, True)]
 
 
 @pytest.mark.parametrize("shape, G, channels_last", CHOSEN, ids=str)
@@ -247,10 +331,11 @@ def test_chosen(shape, G, channels_last):
     torch.manual_seed(0)
     x, dy = (random(*shape, dtype=torch.float32, channels_last=channels_last) for _ in range(2))
     weight, bias = random(shape[1], dtype=torch.float32), random(shape[1], dtype=torch.float32)
-    y, dx, dweight, dbias = nan_like(x), nan_like(x), nan_like(weight), nan_like(bias)
-    stats = torch.full((3, shape[0], G), float("nan"))
-    group_norm.group_norm_fwd(y, stats, x, weight, bias, None, G, channels_last, 1e-5, 3, 0.0)
-    group_norm.group_norm_bwd(dx, dweight, dbias, None, dy, x, stats, weight, bias, None, G, channels_last, 3, 0.0)
+    y, dx, dweight, dbias, stats = (guarded(t) for t in (x, x, weight, bias, torch.empty(3, shape[0], G)))
+    arguments = (*shape[:2], G, channels_last, False)
+    group_norm.group_norm_fwd(y, stats, x, weight, bias, None, *arguments, 1e-5, 3, 0.0)
+    group_norm.group_norm_bwd(dx, dweight, dbias, None, dy, x, stats, weight, bias, None, *arguments, 3, 0.0)
+    check_guards()
     exact = torch_way(x, dy, weight, bias, None, G, 1e-5, "silu", torch.float64)
     theirs = torch_way(x, dy, weight, bias, None, G, 1e-5, "silu", torch.float32)
     compare([y, dx, dweight, dbias, None], theirs, exact)
@@ -261,10 +346,10 @@ def test_chosen(shape, G, channels_last):
 def test_every_choice_is_consistent(channels_last, backward):
     """Blocks cover their group or lie in it, vectors divide lengths, and nothing exceeds what a program may hold."""
     for C, G in ((32, 32), (320, 32), (64, 1), (30, 3), (1280, 32), (1024, 512), (6, 2), (40000, 1)):
-        for S in (1, 2, 49, 64, 196, 257, 1024, 3136, 65535, 1 << 20):
+        for S in (2, 49, 64, 196, 257, 1024, 3136, 65535, 1 << 20):
             for itemsize in (2, 4, 8):
                 c = choose(4, C, S, G, itemsize, channels_last, backward)
-                D, last, P = C // G, channels_last or S == 1, c.OUTER * c.BLOCK_S
+                D, last, P = C // G, channels_last, c.OUTER * c.BLOCK_S
                 assert all(v & (v - 1) == 0 and v > 0 for v in (c.V, c.ROWS, c.OUTER, c.BLOCK_C, c.BLOCK_S, c.num_warps))
                 assert c.num_warps <= 16 and c.ROWS * c.OUTER * c.BLOCK_C * c.BLOCK_S * itemsize <= 65536 and (c.ROWS == 1 or c.OUTER == 1)
                 assert c.SIDE or ((D if c.regime == "held" else C) if last else S) % c.V == 0

@@ -1,6 +1,7 @@
 """Compile the Triton kernels that a call would launch, for any architecture, without a GPU, and read what the compiler made."""
 
 import collections
+import contextlib
 import os
 import re
 import subprocess
@@ -8,34 +9,57 @@ import tempfile
 
 import torch
 import triton
-from normops.kernels import group_norm
+from normops.kernels import fold, group_norm, row_norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
-def launches(config, shape, G, dtype, channels_last, backward, activation=3, residual=False, dims=1, weight_dtype=None):
-    """(kernel, num_warps, args) of every launch of one call; tensors are on the meta device."""
+def meta(*size, dtype):
+    return torch.empty(size, dtype=dtype, device="meta")
 
-    def meta(*size, dtype=dtype):
-        return torch.empty(size, dtype=dtype, device="meta")
 
+@contextlib.contextmanager
+def recording():
+    """Launches are noted, (kernel, num_warps, args), and do not take place; tensors are on the meta device."""
     recorded = []
-    N, C = shape[:2]
-    x, r = meta(*shape), meta(*shape) if residual else None
-    affine = (N, C)[2 - dims :]
-    weight, bias = (meta(*affine, dtype=weight_dtype or dtype) for _ in range(2))
-    stats = meta(3, N, G, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    modules = (group_norm, row_norm, fold)
     real = group_norm.launch
-    group_norm.launch = lambda kernel, programs, num_warps, *args: recorded.append((kernel, num_warps, args))
+    for module in modules:
+        module.launch = lambda kernel, programs, num_warps, *args: recorded.append((kernel, num_warps, args))
     try:
-        if backward:
-            group_norm.backward(config, meta(*shape), weight, bias, r, x, x, stats, weight, bias, r, G, channels_last, activation, 0.1)
-        else:
-            group_norm.forward(config, x, stats, x, weight, bias, r, G, channels_last, 1e-5, activation, 0.1)
+        yield recorded
     finally:
-        group_norm.launch = real
+        for module in modules:
+            module.launch = real
+
+
+def group_launches(config, N, C, S, G, dtype, channels_last, backward, activation=3, residual=False, rows=1, frozen=False):
+    """Every launch of one group norm."""
+    x = meta(N, C, S, dtype=dtype)
+    r = x if residual else None
+    weight, bias = (meta(rows, C, dtype=dtype) for _ in range(2))
+    stats = meta(3, 1 if frozen else N, G, dtype=torch.promote_types(dtype, torch.float32))
+    with recording() as recorded:
+        if backward:
+            group_norm.backward(config, x, weight, bias, r, x, x, stats, weight, bias, r, N, C, G, channels_last, frozen, activation, 0.1)
+        else:
+            group_norm.forward(config, x, stats, x, weight, bias, r, N, C, G, channels_last, frozen, 1e-5, activation, 0.1)
+    return recorded
+
+
+def row_launches(config, N, C, S, G, dtype, centered, backward, activation=0, addend=False, rows=1):
+    """Every launch of one row norm; rows = 0: there is no weight."""
+    x = meta(N, C, S, dtype=dtype)
+    added = x if addend else None
+    weight, bias = meta(rows, C, dtype=dtype) if rows else None, meta(rows, C, dtype=dtype) if rows and centered else None
+    stats = meta(3 if centered else 1, N, G, S, dtype=torch.promote_types(dtype, torch.float32))
+    with recording() as recorded:
+        if backward:
+            row_norm.backward(config, x, weight, bias, None, x, added, x, stats, weight, bias, None, N, C, G, centered, 0.0, activation, 0.1)
+        else:
+            row_norm.forward(config, x, added, stats, x, added, weight, bias, None, N, C, G, centered, 0.0, 1e-5, activation, 0.1)
     return recorded
 
 
@@ -48,6 +72,9 @@ def source(kernel, args):
         elif isinstance(arg, torch.Tensor):
             signature[parameter.name] = TYPES[arg.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(arg, int) and arg == 1 and not parameter.do_not_specialize:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = arg
         else:
             signature[parameter.name] = parameter.annotation_type or ("i64" if arg >= 1 << 31 else "i32")
     return ASTSource(kernel, signature, constants, attributes)
@@ -73,9 +100,10 @@ def resources(compiled):
     return found | {"shared": compiled.metadata.shared}
 
 
-def executed(compiled):
+def executed(compiled, once=False):
     """SASS opcodes of the usual way through a program: forward conditional branches taken (they lead around an overflow's second
-    sum or a slow path) unless they lead around a loop, loops run once, and what lies behind the last EXIT left out."""
+    sum or a slow path) unless they lead around a loop, loops run once, and what lies behind the last EXIT left out.
+    once: of the outermost loop alone, if there is one."""
     text = tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
     label_at = {match[1]: match.start() for match in re.finditer(r"^(\.L_\w+):", text, re.M)}
     code = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)$", re.M)
@@ -84,8 +112,11 @@ def executed(compiled):
         found = re.search(r"`\((\.L_\w+)\)", match[3]) if match[2] == "BRA" else None
         return label_at[found[1]] if found else None
 
-    found, position = [], 0
-    while match := code.search(text, position):
+    found, position, end = [], 0, len(text)
+    if once:
+        back = [(target(match), match.start()) for match in code.finditer(text) if 0 < (target(match) or 0) < match.start()]
+        position, end = max(back, key=lambda loop: loop[1] - loop[0], default=(0, end))
+    while (match := code.search(text, position)) and match.start() < end:
         found.append(match[2])
         if match[2] == "EXIT" and not match[1]:
             break

@@ -40,6 +40,16 @@ Buffer<E> buffer(int64_t size) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kKept = 1 << 20;  // elements: 4 MB in float for each thread
+
+// A place for dt between the two passes of a unit of n elements, where memory is cheaper than the activation a second time
+template <typename A>
+Buffer<A> keep(Activation activation, int64_t n) {
+  constexpr Activation costly[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::tanh, Activation::sigmoid};
+  const bool worth = std::find(std::begin(costly), std::end(costly), activation) != std::end(costly);
+  return worth && n <= kKept ? buffer<A>(n) : nullptr;
+}
+
 // `count` disjoint sets, `stride` apart in memory: Chan's formula for all at once, relative to the first mean
 inline Moments merge(const Moments* sets, int64_t count, int64_t stride) {
   double total = 0, mean = 0, m2 = 0;
@@ -72,6 +82,19 @@ double sum_of(const A* values, int64_t n) {
 template <typename A>
 double dot(const A* a, const A* b, int64_t n) {
   return sum_over(n, [&](int64_t i) { return static_cast<double>(a[i]) * static_cast<double>(b[i]); });
+}
+
+constexpr int64_t kRun = 128;  // lines summed in A; longer sums continue in double
+
+// totals[i] = what f(sums, first line, lines) adds to sums[i], over runs of lines
+template <typename A, typename F>
+void sum_runs(double* totals, int64_t n, int64_t lines, const F& f) {
+  auto sums = buffer<A>(n);
+  for (int64_t begin = 0; begin < lines; begin += kRun) {
+    std::fill_n(sums.get(), n, A(0));
+    f(sums.get(), begin, std::min(kRun, lines - begin));
+    for (int64_t i = 0; i < n; i++) totals[i] = begin ? totals[i] + sums[i] : sums[i];
+  }
 }
 
 }  // namespace normops

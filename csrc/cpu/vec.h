@@ -1,4 +1,4 @@
-// Vectors of 16 floats or 8 doubles (GCC/Clang vector extensions: the compiler splits them for narrower machines), loads and stores that convert
+// Vectors of floats or doubles (GCC/Clang vector extensions: the compiler splits what is wider than the machine), loads and stores that convert
 // 16-bit types, and the transcendental functions that algebra.h asks for. Lane count 1 is a plain scalar.
 #pragma once
 
@@ -122,12 +122,15 @@ NORMOPS_ALWAYS Scalar<V> sum_lanes(V v) {  // a tree: log2(lanes) additions in a
 // 0 for the first `skip` lanes, 1 for the others
 template <typename V>
 NORMOPS_ALWAYS V mask_from(int64_t skip) {
-  V mask{};
-  if constexpr (kLanes<V> == 1)
-    mask = skip > 0 ? 0 : 1;
-  else
-    for (int i = 0; i < kLanes<V>; i++) mask[i] = i >= skip ? 1 : 0;
-  return mask;
+  using I = std::conditional_t<sizeof(Scalar<V>) == 8, int64_t, int32_t>;
+  const V one = V{} + 1;
+  if constexpr (kLanes<V> == 1) {
+    return skip > 0 ? V{} : one;
+  } else {
+    Vec<I, kLanes<V>> lane;
+    for (int i = 0; i < kLanes<V>; i++) lane[i] = i;
+    return lane < static_cast<I>(skip) ? V{} : one;
+  }
 }
 
 // ---- transcendental functions: float by polynomials (about 2 ulp), double by the C library ----

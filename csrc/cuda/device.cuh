@@ -1,19 +1,13 @@
-// Group norm on the GPU: the mathematics, and types, sums and moments for the kernels. n = D*S elements per group, D = C/G channels, S positions.
+// Norms on the GPU: types, sums and moments for the kernels. n = elements that share a statistic, D = C/G channels of a group, S positions.
 //
 //   moments   K = first element; hi = K + mean(x - K); lo = mean(x - hi); M2 = sum (x - hi)^2 - n*lo^2; sets merge by Chan, in a fixed order
 //   forward   x_hat = fma(x - mean, rstd, -mean_lo*rstd)     t = x_hat*weight + bias (+ residual)     y = act(t)
-//   backward  dt = dy*act'(t)      sums per (n, c): sum_dt, sum_dt_x_hat      P, Q = sum over the group of weight*sum_dt, weight*sum_dt_x_hat
+//   backward  dt = dy*act'(t)     P, Q = sum of weight*dt, weight*dt*x_hat over what shares the statistic
 //             dx = (rstd*weight)*dt + c2*x_hat + c3       c2 = -rstd*Q/n       c3 = -rstd*P/n       dresidual = dt
+//   Not centered (RMS): hi = lo = c3 = 0. Given statistics: c2 = c3 = 0.
 //
-// Element (n, c, s) is at (n*C + c)*S + s, or at (n*S + s)*C + c where LAST (channels last). Two ways to go over them:
-//
-//   group kernels   one block per group, which is held in shared memory (forward) or read again from the cache (backward)
-//   split kernels   partial moments or sums per tile, a fold with one block per group, then the elementwise pass, tile by tile.
-//                   A tile is `positions` positions of one channel, for a team of `lanes` threads along s; or, where LAST, of lanes*V channels,
-//                   for the whole block: `lanes` threads along c, the others along s.
-//
-// A thread reads and writes V neighbours at a time (16 bytes, or V = 1). They belong to K channels: V where LAST, otherwise one.
-// Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
+// groups.cuh has a statistic for all positions of D channels, rows.cuh one for each position. A thread reads and writes V neighbours at a time
+// (16 bytes, or V = 1). Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,12 +41,14 @@ using c10::Half;
 using torch::headeronly::ScalarType;
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // blocks that an SM has room for: 128 registers a thread; left alone, ptxas spills to get below
+alignas(16) extern __shared__ double shared_memory[];  // for vectors of 16 bytes
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Vec {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
   T at[V];
 };
 
@@ -66,18 +62,20 @@ __device__ __forceinline__ void store(T* p, const Vec<T, V>& value) {
   *reinterpret_cast<Vec<T, V>*>(p) = value;
 }
 
-struct Parameter {  // weight or bias, (C,) or (N, C), in any dtype, or absent
+struct Parameter {  // weight or bias, rows of C in any dtype, or absent
   const void* data;
   ScalarType dtype;
-  int64_t stride;  // from sample to sample: 0 or C
+  int64_t samples;  // to a row
+  double offset;    // added to each
+  int64_t start;    // where the row of the sample at hand begins
 
-  // those of channels c, c + 1, ... of sample n
+  // those of channels c, c + 1, ...
   template <int K, typename A>
-  __device__ void read(A (&values)[K], int64_t n, int64_t c, A absent) const {
-    const int64_t i = n * stride + c;
+  __device__ void read(A (&values)[K], int64_t c, A absent) const {
     const auto from = [&](auto typed) {
+      const auto row = load<K>(typed + start + c);
 #pragma unroll
-      for (int k = 0; k < K; k++) values[k] = static_cast<A>(typed[i + k]);
+      for (int k = 0; k < K; k++) values[k] = static_cast<A>(row.at[k]) + static_cast<A>(offset);
     };
     if (!data) {
 #pragma unroll
@@ -93,10 +91,10 @@ struct Parameter {  // weight or bias, (C,) or (N, C), in any dtype, or absent
   }
 };
 
-struct Gradient {  // dweight or dbias, summed over `rows` samples; or not wanted
+struct Gradient {  // dweight or dbias: of each row of C, the sum of `partials` of them; or not wanted
   void* data;
   ScalarType dtype;
-  int64_t rows, columns;
+  int64_t partials, size, C;
 
   __device__ void set(int64_t i, double value) const {
     switch (dtype) {
@@ -108,17 +106,36 @@ struct Gradient {  // dweight or dbias, summed over `rows` samples; or not wante
   }
 };
 
+template <typename A>
+struct Saved {  // statistics: mean, mean_lo and rstd, `count` of each, or rstd alone; or not wanted
+  A* data;
+  int64_t count;
+  bool centered;
+
+  __device__ Stats<A> get(int64_t i) const {
+    if (!centered) return {0, 0, data[i]};
+    return {data[i], data[count + i], data[2 * count + i]};
+  }
+  __device__ void set(int64_t i, const Stats<A>& value) const {
+    if (!data) return;
+    data[i] = centered ? value.mean : value.rstd;
+    if (!centered) return;
+    data[count + i] = value.mean_lo;
+    data[2 * count + i] = value.rstd;
+  }
+};
+
 struct Problem {
   int64_t N, S;
   int C, G, D;
   Parameter weight, bias;
   Activation activation;
   double slope;
-};
 
-struct Split {
-  int lanes, positions, channel_blocks;
-  int64_t tiles, blocks;
+  __device__ void go_to(int64_t n) {
+    weight.start = n < weight.samples ? 0 : n / weight.samples * C;
+    bias.start = n < bias.samples ? 0 : n / bias.samples * C;
+  }
 };
 
 // over each run of `lanes` (<= 32) threads
@@ -150,50 +167,16 @@ __device__ void block_sum(A (&value)[K], int lanes) {
   __syncthreads();
 }
 
-// over the threads that share a tile; lanes > 32 is one line for the whole block
-template <bool LAST, int K, typename A>
+// over `lanes` neighbours, more than 32 are the whole block; or, ACROSS, over the threads with the same lane
+template <bool ACROSS, int K, typename A>
 __device__ void team_sum(A (&value)[K], int lanes) {
-  if (LAST) return block_sum(value, lanes);
+  if (ACROSS) return block_sum(value, lanes);
   if (lanes > 32) return block_sum(value, 1);
   line_sum(value, lanes);
 }
 
-struct Place {
-  int64_t n, tile, first, start, step;  // offsets: of the first element of channel c in the tile; of this thread's vectors
-  int c, count, elements;               // its first channel; how many vectors; elements of each channel in the tile
-  bool owner;                           // writes what the team has reduced
-};
-
+// how many of first, first + step, ... are below `items`
 __device__ __forceinline__ int rounds(int64_t items, int first, int step) { return items > first ? (items - first + step - 1) / step : 0; }
-
-template <bool LAST, int V>
-__device__ Place place(const Problem& p, const Split& split) {
-  const int lane = threadIdx.x % split.lanes, team = threadIdx.x / split.lanes, teams = blockDim.x / split.lanes;
-  Place at;
-  bool inside;
-  if (LAST) {
-    const int64_t block = blockIdx.x / split.channel_blocks;
-    at.c = (blockIdx.x % split.channel_blocks * split.lanes + lane) * V;
-    at.n = block / split.tiles;
-    at.tile = block % split.tiles;
-    inside = at.c < p.C;
-  } else {
-    const int64_t unit = static_cast<int64_t>(blockIdx.x) * teams + team, line = unit / split.tiles;
-    at.c = line % p.C;
-    at.n = line / p.C;
-    at.tile = unit % split.tiles;
-    inside = at.n < p.N;
-  }
-  if (!inside) at.n = at.tile = at.c = 0;  // nothing to do, but it takes part in the sums
-  const int64_t s = at.tile * split.positions, left = p.S - s;
-  at.elements = left < split.positions ? left : split.positions;
-  at.first = LAST ? (at.n * p.S + s) * p.C + at.c : (at.n * p.C + at.c) * p.S + s;
-  at.start = at.first + (LAST ? static_cast<int64_t>(team) * p.C : lane * V);
-  at.step = LAST ? static_cast<int64_t>(teams) * p.C : split.lanes * V;
-  at.count = !inside ? 0 : LAST ? rounds(at.elements, team, teams) : rounds(at.elements / V, lane, split.lanes);
-  at.owner = inside && (LAST ? team : lane) == 0;
-  return at;
-}
 
 template <typename A>
 struct Chunk {  // moments of some elements of a group: the mean is hi + lo; m2 in double, so that it cannot overflow
@@ -201,9 +184,11 @@ struct Chunk {  // moments of some elements of a group: the mean is hi + lo; m2 
   double m2;
 };
 
-// Of `elements` elements for each of K channels. This thread has the vectors held[0], held[stride], ...; `sum` sums over the threads.
+// Of `elements` elements for each of K statistics. This thread has the vectors held[0], held[stride], ...; `sum` sums over the threads.
+// Not centered: about 0 instead of the mean.
 template <int K, typename A, typename T, int V, typename Sum>
-__device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, int stride, const A (&first)[K], int elements, Sum sum) {
+__device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, int64_t stride, const A (&first)[K], int elements, bool centered,
+                        Sum sum) {
   A hi[K] = {}, lo[K] = {}, squares[K] = {}, scaled[K] = {};
   const auto each = [&](auto body) {
 #pragma unroll 4
@@ -213,10 +198,12 @@ __device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, in
       for (int v = 0; v < V; v++) body(v % K, static_cast<A>(x.at[v]));
     }
   };
-  each([&](int k, A x) { hi[k] += x - first[k]; });
-  sum(hi);
+  if (centered) {
+    each([&](int k, A x) { hi[k] += x - first[k]; });
+    sum(hi);
 #pragma unroll
-  for (int k = 0; k < K; k++) hi[k] = first[k] + hi[k] / static_cast<A>(elements);
+    for (int k = 0; k < K; k++) hi[k] = first[k] + hi[k] / static_cast<A>(elements);
+  }
   each([&](int k, A x) {
     const A d = x - hi[k];
     lo[k] += d;
@@ -227,7 +214,7 @@ __device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, in
   bool overflow = false;
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    lo[k] /= static_cast<A>(elements);
+    lo[k] = centered ? lo[k] / static_cast<A>(elements) : 0;
     out[k] = {hi[k], lo[k], squares[k] - static_cast<double>(elements) * lo[k] * lo[k]};
     overflow = overflow || !isfinite(squares[k]);
   }
@@ -241,6 +228,22 @@ __device__ void moments(Chunk<A> (&out)[K], const Vec<T, V>* held, int count, in
   for (int k = 0; k < K; k++) {
     if (!isfinite(squares[k])) out[k].m2 = scaled[k] * 0x1p200 - static_cast<double>(elements) * lo[k] * lo[k];
   }
+}
+
+// dbias (blockIdx.y = 0) and dweight (1) from the partial sums of both, (2, partials, C)
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kResident) parameter_grads_kernel(const A* sums, int64_t size, Gradient dbias, Gradient dweight) {
+  const Gradient out = blockIdx.y ? dweight : dbias;
+  if (!out.data) return;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
+  double total[1] = {};
+  if (i < out.size) {
+    const A* from = sums + blockIdx.y * size + i / out.C * out.partials * out.C + i % out.C;
+#pragma unroll 4
+    for (int64_t n = threadIdx.x / 32; n < out.partials; n += kThreads / 32) total[0] += from[n * out.C];
+  }
+  block_sum(total, 32);
+  if (threadIdx.x < 32 && i < out.size) out.set(i, total[0]);
 }
 
 }  // namespace normops

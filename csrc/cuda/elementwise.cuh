@@ -1,4 +1,4 @@
-// Group norm on the GPU: what is done to each element, V neighbours of K channels at a time, and the coefficients for it.
+// Norms on the GPU: what is done to each element, V neighbours of K channels at a time.
 #pragma once
 
 #include "device.cuh"
@@ -12,28 +12,17 @@ struct Channel {
   __device__ A x_hat(A x) const { return fma_(x - mean, rstd, shift); }
 };
 
-template <typename A>
-__device__ Stats<A> saved(const Problem& p, const A* stats, int64_t group) {
-  const int64_t groups = p.N * p.G;
-  return {stats[group], stats[groups + group], stats[2 * groups + group]};
-}
-
-// channels c, c + 1, ... of sample n; stats_of(k) are those of the group of channel c + k
-template <int K, typename A, typename StatsOf>
-__device__ __forceinline__ void read_channels(Channel<A> (&channels)[K], const Problem& p, int64_t n, int c, StatsOf stats_of) {
-  A weight[K], bias[K];
-  p.weight.read(weight, n, c, A(1));
-  p.bias.read(bias, n, c, A(0));
+// channels c, c + 1, ... for k, k + P, ...; stats_of(k) are the statistics of the k-th of K
+template <int P, int K, typename A, typename StatsOf>
+__device__ __forceinline__ void read_channels(Channel<A> (&channels)[K], const Problem& p, int c, StatsOf stats_of) {
+  A weight[P], bias[P];
+  p.weight.read(weight, c, A(1));
+  p.bias.read(bias, c, A(0));
 #pragma unroll
   for (int k = 0; k < K; k++) {
     const Stats<A> stats = stats_of(k);
-    channels[k] = {stats.mean, stats.rstd, -stats.mean_lo * stats.rstd, weight[k], bias[k]};
+    channels[k] = {stats.mean, stats.rstd, -stats.mean_lo * stats.rstd, weight[k % P], bias[k % P]};
   }
-}
-
-template <int K, typename A>
-__device__ __forceinline__ void read_channels(Channel<A> (&channels)[K], const Problem& p, const A* stats, int64_t n, int c) {
-  read_channels(channels, p, n, c, [&](int k) { return saved(p, stats, n * p.G + (c + k) / p.D); });
 }
 
 // body(constant) with the activation as a constant, so that it is chosen once per vector
@@ -83,76 +72,43 @@ __device__ __forceinline__ void forward(Y* y, const Vec<T, V>& x, const T* resid
   store(y + offset, out);
 }
 
-// dt and x_hat of V neighbours
-template <typename A, int K, typename T, typename Y, int V>
-__device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], const Y* dy, const T* x, const T* residual, int64_t offset,
-                                         const Channel<A> (&channels)[K], const Problem& p) {
-  const Vec<Y, V> upstream = load<V>(dy + offset);
-  A t[V];
-  affine(t, x_hat, load<V>(x + offset), residual, offset, channels);
-  with_activation(p.activation, [&](auto activation) {
-#pragma unroll
-    for (int v = 0; v < V; v++) dt[v] = static_cast<A>(upstream.at[v]) * activate_grad(activation.value, t[v], static_cast<A>(p.slope));
-  });
-}
-
 template <typename A, typename T, typename Y>
-struct Backward {  // what the backward kernels read and write; dx and dresidual may be null
+struct Backward {  // what the backward kernels read and write; dtotal, dx and dresidual may be null
   T *dx, *dresidual;
   const Y* dy;
-  const T *x, *residual;
-  const A* stats;
+  const T *dtotal, *x, *residual;
+  Saved<A> stats;
 
-  // sum_dt and sum_dt_x_hat of this thread's vectors
+  // dt and x_hat of V neighbours
   template <int V, int K>
-  __device__ void sum(A (&sum_dt)[K], A (&sum_dt_x_hat)[K], const Place& at, const Channel<A> (&channels)[K], const Problem& p) const {
-    for (int r = 0; r < at.count; r++) {
-      A dt[V], x_hat[V];
-      gradient(dt, x_hat, dy, x, residual, at.start + r * at.step, channels, p);
+  __device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], int64_t offset, const Channel<A> (&channels)[K], const Problem& p) const {
+    const Vec<Y, V> upstream = load<V>(dy + offset);
+    A t[V];
+    affine(t, x_hat, load<V>(x + offset), residual, offset, channels);
+    with_activation(p.activation, [&](auto activation) {
 #pragma unroll
-      for (int v = 0; v < V; v++) {
-        sum_dt[v % K] += dt[v];
-        sum_dt_x_hat[v % K] = fma_(dt[v], x_hat[v], sum_dt_x_hat[v % K]);
-      }
-    }
+      for (int v = 0; v < V; v++) dt[v] = static_cast<A>(upstream.at[v]) * activate_grad(activation.value, t[v], static_cast<A>(p.slope));
+    });
   }
 
-  template <int V, int K>
-  __device__ void apply(const Place& at, const Channel<A> (&channels)[K], const A (&c2)[K], const A (&c3)[K], const Problem& p) const {
-    for (int r = 0; r < at.count; r++) {
-      const int64_t offset = at.start + r * at.step;
-      A dt[V], x_hat[V];
-      gradient(dt, x_hat, dy, x, residual, offset, channels, p);
-      Vec<T, V> out;
+  // dx and dresidual of V neighbours, with the coefficients of M statistics
+  template <int V, int K, int M>
+  __device__ __forceinline__ void write(int64_t offset, const A (&dt)[V], const A (&x_hat)[V], const Channel<A> (&channels)[K], const A (&c2)[M],
+                                        const A (&c3)[M]) const {
+    Vec<T, V> out;
 #pragma unroll
-      for (int v = 0; v < V; v++) out.at[v] = static_cast<T>(dt[v]);
-      if (dresidual) store(dresidual + offset, out);
-      if (!dx) continue;
+    for (int v = 0; v < V; v++) out.at[v] = static_cast<T>(dt[v]);
+    if (dresidual) store(dresidual + offset, out);
+    if (!dx) return;
+    Vec<T, V> added{};
+    if (dtotal) added = load<V>(dtotal + offset);
 #pragma unroll
-      for (int v = 0; v < V; v++) {
-        const int k = v % K;
-        out.at[v] = static_cast<T>(fma_(channels[k].rstd * channels[k].weight, dt[v], fma_(c2[k], x_hat[v], c3[k])));
-      }
-      store(dx + offset, out);
+    for (int v = 0; v < V; v++) {
+      const Channel<A>& ch = channels[v % K];
+      out.at[v] = static_cast<T>(fma_(ch.rstd * ch.weight, dt[v], fma_(c2[v % M], x_hat[v], c3[v % M])) + static_cast<A>(added.at[v]));
     }
+    store(dx + offset, out);
   }
 };
-
-// c2 and c3 of a group from the sums of its channels, for every thread of the block. sums: (2, N, C)
-template <typename A>
-__device__ void coefficients(A& c2, A& c3, const Problem& p, const A* stats, const A* sums, int64_t n, int g) {
-  double total[2] = {};
-  for (int d = threadIdx.x; d < p.D; d += blockDim.x) {
-    const int c = g * p.D + d;
-    double weight[1];
-    p.weight.read(weight, n, c, 1.0);
-    total[0] += weight[0] * sums[n * p.C + c];
-    total[1] += weight[0] * sums[(p.N + n) * p.C + c];
-  }
-  block_sum(total, 1);
-  const double scale = -static_cast<double>(saved(p, stats, n * p.G + g).rstd) / (static_cast<double>(p.D) * p.S);
-  c3 = static_cast<A>(scale * total[0]);
-  c2 = static_cast<A>(scale * total[1]);
-}
 
 }  // namespace normops
