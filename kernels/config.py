@@ -181,7 +181,7 @@ def _along(D, G, L, planes, itemsize, V, backward, parameters, device):
     most = 16384 // ((2 if parameters else 1) if backward else 1) // (2 if itemsize == 8 else 1)
     if BLOCK > most:
         if backward:
-            return RowConfig("split", V, 1, 1, 4096, 8 if itemsize < 8 else 16)
+            return RowConfig("split", V, 1, 1, 4096, 8 if itemsize < 8 else 16, STAGES=2)
         # Fewer rows than half the processors would leave half the device idle: blocks of a row go to programs of their own, where that
         # saves more than the two launches it costs.
         if rows * 2 < device.processors and D * itemsize >= 256 << 10:

@@ -63,23 +63,22 @@ def backward(
     config, dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, N, C, G, centered, weight_offset, activation,
     negative_slope,
 ):  # fmt: skip
-    sizes, chunks, across = _sizes(config, x, weight, bias, N, C, G)
+    sizes, _, across = _sizes(config, x, weight, bias, N, C, G)
     segments = _segments(weight, bias, C)
     parameters = dweight is not None or dbias is not None
     blocks = divide(C // G, config.BLOCK)
     columns = divide(G, config.GROUPS) * blocks
     sums = stats.new_empty((2, segments * config.P, C)) if parameters else None
-    steps, partials = [(WHOLE.value, config.P)], None
+    steps, partials = [WHOLE.value], None
     if config.regime != "held":
-        steps = [(PARTS.value, config.P), (APPLY.value, chunks // segments)][: 1 if dx is None and dresidual is None else 2]
+        steps = [PARTS.value] if dx is None and dresidual is None else [PARTS.value, APPLY.value]
         partials = stats.new_empty((2, x.numel() // (C // G), blocks))
-    for step, P in steps:
+    for step in steps:
         launch(
-            _row_norm_bwd_kernel, segments * P * columns, config.num_warps,
+            _row_norm_bwd_kernel, segments * config.P * columns, config.num_warps,
             dy, x, stats, weight, bias, residual, dtotal, dx, dresidual, None if step == APPLY.value else sums, partials,
-            *sizes, P, weight_offset or None, negative_slope, activation, centered, across, config.V,
-            config.ROWS, config.GROUPS, config.BLOCK, config.BLOCK == C // G, step, min(1024, power_above(blocks)),
-            config.STAGES if step == WHOLE.value else 1,
+            *sizes, config.P, weight_offset or None, negative_slope, activation, centered, across, config.V,
+            config.ROWS, config.GROUPS, config.BLOCK, config.BLOCK == C // G, step, min(1024, power_above(blocks)), config.STAGES,
         )  # fmt: skip
     if parameters:
         fold(sums, dweight, dbias)

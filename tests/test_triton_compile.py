@@ -108,7 +108,7 @@ def inspect(job):
     for kernel, num_warps, args in launches:
         named = dict(zip((p.name for p in kernel.params), args, strict=True))
         named = {name: True if isinstance(value, torch.Tensor) else value for name, value in named.items()}
-        walks = "STAGES" in named and named["STEP"] != 2
+        walks = "STAGES" in named
         lanes = named.get("ROWS", 1) * named.get("OUTER", 1) * named.get("BLOCK_C", 1) * named.get("BLOCK_S", 1)
         lanes *= named.get("GROUPS", 1) * named.get("BLOCK", 1)
         elements = lanes / (32 * num_warps) if "OUTER" in named or "BLOCK" in named else 0
