@@ -171,15 +171,18 @@ class GroupNorm(Function):
 
     @staticmethod
     def forward(ctx, fwd, x, weight, bias, residual, given, options):  # options: the fields of Groups up to out_dtype
-        y, stats = fwd(x, weight, bias, residual, given, *options)
-        stats = stats if given is None else given
-        ctx.save_for_backward(x, stats, weight, bias, None if options[2] == "none" else residual)
-        ctx.family, ctx.direct, ctx.stats = (Groups, (*options, given is not None)), fwd is ops.group_norm_fwd, stats
-        return y
+        return _group_forward(ctx, fwd, x, weight, bias, residual, given, options)[0]
 
     @staticmethod
     def backward(ctx, dy):
         return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None
+
+
+def _group_forward(ctx, fwd, x, weight, bias, residual, given, options):
+    y, stats = fwd(x, weight, bias, residual, given, *options)
+    ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if options[2] == "none" else residual)
+    ctx.family, ctx.direct = (Groups, (*options, given is not None)), fwd is ops.group_norm_fwd
+    return y, stats
 
 
 class GroupNormAndStats(GroupNorm):
@@ -187,9 +190,9 @@ class GroupNormAndStats(GroupNorm):
 
     @staticmethod
     def forward(ctx, *args):
-        y = GroupNorm.forward(ctx, *args)
-        ctx.mark_non_differentiable(ctx.stats)
-        return y, ctx.stats
+        y, stats = _group_forward(ctx, *args)
+        ctx.mark_non_differentiable(stats)
+        return y, stats
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -239,16 +242,16 @@ def _backward(ctx, dy, dtotal, mask):
     family = kind(*options)
     x, stats, weight, bias, residual = ctx.saved_tensors
     dresidual = None
-    if family.activation == "none" and mask[3]:
+    if mask[3] and family.activation == "none":
         mask, dresidual = (*mask[:3], False), dy
     if torch.is_grad_enabled():
-        gradients = list(NormBackward.apply(family, dy, x, stats, weight, bias, residual, mask))
+        dx, dweight, dbias, dt = NormBackward.apply(family, dy, x, stats, weight, bias, residual, mask)
         if dtotal is not None and mask[0]:
-            gradients[0] = gradients[0] + dtotal
+            dx = dx + dtotal
     else:
-        gradients = family.backward(ctx.direct and plain(dy), dy, dtotal, x, stats, weight, bias, residual, mask)
-    dx, dweight, dbias, dt = (gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True))
-    return dx, dweight, dbias, dt if mask[3] else dresidual
+        direct = ctx.direct and plain(dy)
+        dx, dweight, dbias, dt = family.backward(direct, dy, dtotal, x, stats, weight, bias, residual, mask)
+    return dx if mask[0] else None, dweight if mask[1] else None, dbias if mask[2] else None, dt if mask[3] else dresidual
 
 
 class NormBackward(Function):

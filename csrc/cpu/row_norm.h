@@ -84,9 +84,9 @@ class RowNorm {
 
   const int64_t D = s.D();
   const int64_t chunks = ceil_div(D, kChunk);  // of a row
-  // Samples of a block: about kGrain elements, and 64 tasks where that makes blocks larger; not so many that float sums over them lose digits
+  // Samples of a block: about kGrain/2 elements, and 64 tasks where that makes blocks larger; not so many that float sums over them lose digits
   const int64_t block_samples = std::min(
-      s.shared, std::clamp<int64_t>(std::max(kGrain / s.C, std::min<int64_t>(128, s.N * chunks / 64)) / kTogether * kTogether, kTogether, 512));
+      s.shared, std::clamp<int64_t>(std::max(kGrain / 2 / s.C, std::min<int64_t>(128, s.N * chunks / 64)) / kTogether * kTogether, kTogether, 512));
 
   struct Block {
     int64_t sample, samples;
