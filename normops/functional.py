@@ -29,9 +29,8 @@ from normops import checks, operators, ops
 from normops.autograd import eager, plain
 from normops.reference import accumulator
 
-_ACTIVATION = "str activation='none', float negative_slope=0.01"
 _MODULATION = "Tensor? scale=None, Tensor? shift=None, ScalarType? out_dtype=None"
-_ROWS = f"float weight_offset=0., {_ACTIVATION}"
+_ROWS = f"float weight_offset=0., {ops.ACTIVATION}"
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -99,7 +98,7 @@ def group_norm(
 
 @_operator(
     "Tensor input, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, Tensor? weight=None, Tensor? bias=None, "
-    f"bool use_input_stats=True, float momentum=0.1, float eps=1e-05, *, {_ACTIVATION}, Tensor? residual=None, {_MODULATION}) -> Tensor",
+    f"bool use_input_stats=True, float momentum=0.1, float eps=1e-05, *, {ops.ACTIVATION}, Tensor? residual=None, {_MODULATION}) -> Tensor",
     autocast=False,
 )
 def instance_norm(
@@ -181,7 +180,7 @@ def instance_norm(
 
 
 @_operator(
-    f"Tensor content, Tensor style, float eps=1e-05, *, {_ACTIVATION}, Tensor? residual=None, ScalarType? out_dtype=None) -> Tensor",
+    f"Tensor content, Tensor style, float eps=1e-05, *, {ops.ACTIVATION}, Tensor? residual=None, ScalarType? out_dtype=None) -> Tensor",
     autocast=False,
 )
 def adaptive_instance_norm(

@@ -3,7 +3,6 @@
 ``torch.func`` transforms and forward-mode AD use the differentiable reference; vmap folds its dimension into the samples.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -160,8 +159,7 @@ def _group_norm_vmap(x, num_groups, weight=None, bias=None, eps=1e-5, *, residua
 
 def _row_vmap(call: Callable, ndim: int, full: tuple[Tensor, Tensor | None], vectors: tuple[Tensor | None, ...]):
     """The mapped dimension becomes the first of the rows'; mapped vectors are one for each of its indices."""
-    shape = full[0].shape  # without the mapped dimension
-    size = math.prod(shape[-ndim:]) if ndim else shape[1]
+    size = ops.row_length(full[0], ndim)
 
     def rule(batch, dims, *values):
         def folded(value, dim, whole):

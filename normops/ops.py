@@ -26,10 +26,10 @@ def define(*schemas: str) -> None:
         lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-_ACTIVATION = "str activation='none', float negative_slope=0.01"
+ACTIVATION = "str activation='none', float negative_slope=0.01"
 _ROW = "int ndim, bool centered, float weight_offset, float eps, str activation, float negative_slope, ScalarType? out_dtype"
 define(
-    f"group_norm(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, {_ACTIVATION}, "
+    f"group_norm(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, *, {ACTIVATION}, "
     "Tensor? residual=None, Tensor? scale=None, Tensor? shift=None, ScalarType? out_dtype=None) -> Tensor",
     "group_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? given, int num_groups, float eps, str activation, "
     "float negative_slope, ScalarType? out_dtype) -> (Tensor y, Tensor stats)",
@@ -98,16 +98,19 @@ def _empty_stats(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape) if x.dtype.itemsize >= 4 else x.new_empty(shape, dtype=torch.float32)
 
 
+def row_length(x: Tensor, ndim: int) -> int:
+    """How many elements share a statistic."""
+    return math.prod(x.shape[-ndim:]) if ndim else x.shape[1]
+
+
 def _row_sizes(x: Tensor, ndim: int) -> tuple[int, int]:
     """N and C as the row kernels see dense x; channels last over dimension 1 is one sample for each position."""
-    if ndim:
-        channels = math.prod(x.shape[-ndim:])
-        return x.numel() // channels, channels
-    return (x.numel() // x.shape[1] if _last(x) else x.shape[0]), x.shape[1]
+    channels = row_length(x, ndim)
+    return x.numel() // channels if ndim or _last(x) else x.shape[0], channels
 
 
 def _empty_row_stats(x: Tensor, ndim: int, centered: bool) -> Tensor:
-    channels = math.prod(x.shape[-ndim:]) if ndim else x.shape[1]
+    channels = row_length(x, ndim)
     return _empty_stats(x, 3 if centered else 1, x.numel() // channels if channels else 0)
 
 
@@ -228,7 +231,7 @@ def row_norm_fwd(
     """Launch the forward kernel: ``y``, ``total`` = x + addend, and ``stats`` of shape (3, rows): mean, what its rounding lost, 1/std; not
     `centered`: (1, rows). weight and bias: vectors of a row's length, one for all rows or R of them, each for rows/R."""
     if ndim and x.is_cpu and residual is None and addend is None and out_dtype is None and backends.everyday:
-        channels = math.prod(x.shape[-ndim:])
+        channels = row_length(x, ndim)
         result = cpu.row_norm_fwd_at_once(x, weight, bias, channels, centered, weight_offset, eps, CODES.get(activation), negative_slope, save_stats)
         if result is not None:
             return result[0], None, result[1]
@@ -261,7 +264,7 @@ def row_norm_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward kernel: dx (to which `dtotal` is added), dweight, dbias, dresidual, each None unless wanted."""
     if ndim and x.is_cpu and residual is None and dtotal is None and backends.everyday:
-        channels, code = math.prod(x.shape[-ndim:]), CODES[activation]
+        channels, code = row_length(x, ndim), CODES[activation]
         result = cpu.row_norm_bwd_at_once(dy, x, stats, weight, bias, channels, centered, weight_offset, code, negative_slope, output_mask)
         if result is not None:
             return result
@@ -292,7 +295,7 @@ def _check_rows(op: str, x: Tensor, ndim: int, addend: Tensor | None, *vectors: 
         raise ValueError(f"{op}: expected ndim of 0 to {x.dim()}, got {ndim}")
     if ndim == 0 and addend is not None:
         raise ValueError(f"{op}: expected no addend with ndim of 0, got one of shape {tuple(addend.shape)}")
-    size = math.prod(x.shape[-ndim:]) if ndim else x.shape[1]
+    size = row_length(x, ndim)
     samples = x.numel() // size if ndim and size else x.shape[0]
     for value in vectors:
         if value is not None and x.numel() and (not value.numel() or value.numel() % size or samples % (value.numel() // size)):
