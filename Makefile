@@ -6,13 +6,19 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 TORCH := torch==2.13.0
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: demo style test test-gpu bench results lint
+.PHONY: demo style small-batches ddp test test-gpu bench results lint
 
 demo: $(VENV)/ready
 	$(RUN) examples/digits.py $(ARGS)
 
 style: $(VENV)/ready
 	$(RUN) examples/style.py $(ARGS)
+
+small-batches: $(VENV)/ready
+	$(RUN) examples/small_batches.py $(ARGS)
+
+ddp: $(VENV)/ready
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 3 examples/train_ddp.py $(ARGS)
 
 test: $(VENV)/ready
 	$(RUN) -m pytest $(ARGS)

@@ -55,7 +55,7 @@ def measure(op: str, device: str) -> list[Row]:
     for dtype, ratios in RATIOS.items():
         for layout in ("row", "NCHW", "NHWC") if op in ("layer_norm", "rms_norm") else ("NCHW", "NHWC"):
             for ratio in ratios:
-                case = Case(op, "accuracy", SHAPES[layout], dtype, layout, "none", 1e-5, 1, "", GROUPS)
+                case = Case(op, "accuracy", SHAPES[layout], dtype, layout, "none", 1e-5, 1, "", GROUPS, mean=ratio, std=1.0)
                 tensors, dy = inputs(case, ratio, device)
                 exact = gate.truth(case, tensors, dy).values
                 for method, (backend, call) in methods(case, device).items():

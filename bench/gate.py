@@ -15,6 +15,8 @@ CHUNK = 2**25  # elements that are computed in float64 at a time
 # largest error over largest value; several roundings of the dtype, as torch's own composition makes them. bench.accuracy looks closer.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}
 
+Part = tuple[slice, ...]  # index of some samples, or of some channels where samples share statistics; without its first slice, of vectors
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -44,7 +46,7 @@ def upstream(case: Case, inputs: dict[str, Tensor]) -> Upstream:
 
 
 def truth(case: Case, inputs: dict[str, Tensor], dy: Upstream, second: bool = False) -> Exact:
-    """The results and the gradients in float64, from the very tensors the methods get, a few samples at a time."""
+    """The results and the gradients in float64, from the very tensors the methods get, a part at a time."""
     norm = NORMS[case.norm]
     values = {name: torch.empty_like(each, dtype=torch.float64) for name, each in zip(norm.results, dy, strict=True)}
     values |= {f"d{name}": torch.zeros_like(value, dtype=torch.float64) for name, value in inputs.items()}
@@ -57,26 +59,27 @@ def truth(case: Case, inputs: dict[str, Tensor], dy: Upstream, second: bool = Fa
             values[name][part] = value.detach()
         for name, gradient in zip(leaves, torch.autograd.grad(found, list(leaves.values()), upstream), strict=True):
             if name in norm.vectors:
-                values[f"d{name}"] += gradient
+                values[f"d{name}"][part[1:]] += gradient
             else:
                 values[f"d{name}"][part] = gradient
         (term,) = torch.autograd.grad(exact_call(case, True)(*leaves.values()), [leaves["x"]], upstream)
         dx_size = max(dx_size, term.abs().max().item())
     if not second:
         return Exact(values, dx_size)
-    step = penalty(exact_call(case, False), list(_leaves(case, inputs, slice(None)).values()), tuple(each.double() for each in dy))
+    step = penalty(exact_call(case, False), list(_leaves(case, inputs, (slice(None),)).values()), tuple(each.double() for each in dy))
     return Exact(values, dx_size, step())
 
 
-def _parts(case: Case) -> Iterator[slice]:
-    step = max(1, CHUNK * case.shape[0] // max(1, case.numel))
-    return (slice(start, start + step) for start in range(0, case.shape[0], step))
+def _parts(case: Case) -> Iterator[Part]:
+    length = case.shape[case.over_samples]
+    step = max(1, CHUNK * length // max(1, case.numel))
+    return ((slice(None),) * case.over_samples + (slice(start, start + step),) for start in range(0, length, step))
 
 
-def _leaves(case: Case, inputs: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    """The inputs of some samples in float64."""
+def _leaves(case: Case, inputs: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+    """The inputs of a part in float64."""
     shared = NORMS[case.norm].vectors
-    return {name: (value if name in shared else value[part]).detach().double().requires_grad_() for name, value in inputs.items()}
+    return {name: value[part[1:] if name in shared else part].detach().double().requires_grad_() for name, value in inputs.items()}
 
 
 def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

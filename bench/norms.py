@@ -4,6 +4,7 @@
 ``manual`` what models write out instead, ``truth`` a formula that is exact enough in float64.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,15 +56,17 @@ class Norm:
 
 
 def inputs(case: Case, device: str) -> dict[str, Tensor]:
-    """The tensors of a case by name, in the order in which its calls take them."""
+    """The tensors of a case by name, in the order in which its calls take them. rho is in [0, 1]."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, norm = DTYPES[case.dtype], NORMS[case.norm]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.promote_types(dtype, torch.float32))
 
-    tensors = {"x": lay_out((random(*case.shape) * 1.5 + 0.5).to(dtype), case.layout)}
+    tensors = {"x": lay_out((random(*case.shape) * case.std + case.mean).to(dtype), case.layout)}
     tensors |= {name: random(case.shape[1]).to(dtype) for name in norm.vectors if case.affine}
+    if "rho" in tensors:
+        tensors["rho"].clamp_(0, 1)
     return tensors | {name: lay_out(random(*case.shape).to(dtype), case.layout) for name in (*norm.others, *["residual"] * case.residual)}
 
 
@@ -120,10 +123,14 @@ def _x_hat(x: Tensor, dims: int | tuple[int, ...], eps: float, frozen: bool = Fa
 
 
 def _affine(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    column = (-1,) + (1,) * (x.dim() - 2)
     if weight is not None:
-        x = x * weight.view(column)
-    return x if bias is None else x + bias.view(column)
+        x = x * _column(weight, x)
+    return x if bias is None else x + _column(bias, x)
+
+
+def _column(vector: Tensor, x: Tensor) -> Tensor:
+    """A number per channel of x, to be combined with x."""
+    return vector.view(-1, *(1,) * (x.dim() - 2))
 
 
 def _positions(case: Case) -> tuple[int, ...]:
@@ -202,6 +209,119 @@ def _add_norm(name: str, ours: Call, eager: Call, centered: bool, vectors: tuple
     )
 
 
+def _tracked(case: Case, spread: float, norm: Call) -> Call:
+    """`norm` of x, running mean and variance (or deviation), and the rest. The running statistics are those that x is drawn by."""
+    running: list[Tensor] = []
+
+    def call(x: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        if not running:
+            running.extend(x.detach().new_full(case.shape[1:2], value) for value in (case.mean, spread))
+        return norm(x, *running, *rest, **options)
+
+    return call
+
+
+def _samples(case: Case) -> tuple[int, ...]:
+    return 0, *_positions(case)
+
+
+def _batch(norm: Call, training: bool, case: Case) -> Call:
+    return _tracked(case, case.std**2, partial(norm, training=training, eps=case.eps))
+
+
+def _batch_exact(case: Case, frozen: bool) -> Call:
+    return lambda x, *vectors: _affine(_x_hat(x, _samples(case), case.eps, frozen), *vectors)
+
+
+def _eval_exact(case: Case, frozen: bool) -> Call:
+    return lambda x, *vectors: _affine((x - case.mean) / math.sqrt(case.std**2 + case.eps), *vectors)
+
+
+R_MAX, D_MAX = 3.0, 5.0  # where the published schedule ends
+
+
+def _moments(case: Case, x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, _samples(case), correction=0)
+    return mean, (var + case.eps).sqrt()
+
+
+def _corrections(mean: Tensor, std: Tensor, running_mean: Tensor | float, running_std: Tensor | float) -> tuple[Tensor, Tensor]:
+    """r and d of batch renormalization."""
+    r = (std.detach() / running_std).clamp(1 / R_MAX, R_MAX)
+    return r, ((mean.detach() - running_mean) / running_std).clamp(-D_MAX, D_MAX)
+
+
+def _update(running: Tensor, value: Tensor) -> None:
+    running += 0.0 * (value.detach() - running)  # momentum 0, that every call gives the same
+
+
+def _renorm_ours(case: Case) -> Call:
+    norm = partial(normops.batch_renorm, training=True, momentum=0.0, eps=case.eps, r_max=R_MAX, d_max=D_MAX)
+    return _tracked(case, case.std, norm)
+
+
+def _renorm_eager(case: Case) -> Call:
+    def norm(x: Tensor, running_mean: Tensor, running_std: Tensor, *vectors: Tensor) -> Tensor:
+        mean, std = _moments(case, x)
+        corrections = _corrections(mean, std, running_mean, running_std)
+        _update(running_mean, mean)
+        _update(running_std, std)
+        return _affine(_affine((x - _column(mean, x)) / _column(std, x), *corrections), *vectors)
+
+    return _tracked(case, case.std, norm)
+
+
+def _renorm_manual(case: Case) -> Call:
+    def norm(x: Tensor, running_mean: Tensor, running_std: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean, std = _moments(case, x)
+            r, d = _corrections(mean, std, running_mean, running_std)
+            _update(running_mean, mean)
+            _update(running_std, std)
+        return F.batch_norm(x, None, None, weight * r, torch.addcmul(bias, weight, d), training=True, eps=case.eps)
+
+    return _tracked(case, case.std, norm)
+
+
+def _renorm_exact(case: Case, frozen: bool) -> Call:
+    def call(x: Tensor, *vectors: Tensor) -> Tensor:
+        corrections = _corrections(*_moments(case, x), case.mean, case.std)
+        return _affine(_affine(_x_hat(x, _samples(case), case.eps, frozen), *corrections), *vectors)
+
+    return call
+
+
+def _blend_ours(case: Case) -> Call:
+    def norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, rho: Tensor, **options: Any) -> Tensor:
+        return normops.batch_instance_norm(x, running_mean, running_var, rho, weight, bias, training=True, eps=case.eps, **options)
+
+    return _tracked(case, case.std**2, norm)
+
+
+def _blend_eager(case: Case) -> Call:
+    def norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, rho: Tensor) -> Tensor:
+        by_batch = F.batch_norm(x, running_mean, running_var, training=True, eps=case.eps)
+        return _affine(_affine(by_batch, rho) + _affine(F.instance_norm(x, eps=case.eps), 1 - rho), weight, bias)
+
+    return _tracked(case, case.std**2, norm)
+
+
+def _blend_manual(case: Case) -> Call:
+    def norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, rho: Tensor) -> Tensor:
+        by_batch = F.batch_norm(x, running_mean, running_var, weight * rho, bias, training=True, eps=case.eps)
+        return by_batch + F.instance_norm(x, weight=weight * (1 - rho), eps=case.eps)
+
+    return _tracked(case, case.std**2, norm)
+
+
+def _blend_exact(case: Case, frozen: bool) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, rho: Tensor) -> Tensor:
+        by_batch, by_instance = (_x_hat(x, dims, case.eps, frozen) for dims in (_samples(case), _positions(case)))
+        return _affine(_affine(by_batch, rho) + _affine(by_instance, 1 - rho), weight, bias)
+
+    return call
+
+
 NORMS: dict[str, Norm] = {
     "group_norm": Norm(
         "F.group_norm",
@@ -246,4 +366,25 @@ NORMS: dict[str, Norm] = {
     ),
     "add_layer_norm": _add_norm("F.layer_norm", normops.add_layer_norm, F.layer_norm, True, ("weight", "bias")),
     "add_rms_norm": _add_norm("F.rms_norm", normops.add_rms_norm, F.rms_norm, False, ("weight",)),
+    "batch_norm": Norm("F.batch_norm", partial(_batch, normops.batch_norm, True), partial(_batch, F.batch_norm, True), _batch_exact),
+    "batch_norm_eval": Norm(
+        "F.batch_norm in evaluation", partial(_batch, normops.batch_norm, False), partial(_batch, F.batch_norm, False), _eval_exact
+    ),
+    "batch_renorm": Norm(
+        "the formula by torch ops",
+        _renorm_ours,
+        _renorm_eager,
+        _renorm_exact,
+        _renorm_manual,
+        "torch.var_mean and F.batch_norm, r and d in its weight and bias",
+    ),
+    "batch_instance_norm": Norm(
+        "(rho * F.batch_norm + (1 - rho) * F.instance_norm) * weight + bias",
+        _blend_ours,
+        _blend_eager,
+        _blend_exact,
+        _blend_manual,
+        "F.batch_norm + F.instance_norm, rho in their weights",
+        vectors=("weight", "bias", "rho"),
+    ),
 }

@@ -37,6 +37,13 @@ REPRESENTATIVE = (
     "kb1_36/112x64x512x512/none",
     "bert_base_b32/16384x768/none",
     "llm_fused_add_rms/8192x4096/none",
+    "resnet50_add_b32/32x256x56x56/relu",
+    "resnet50_b32/32x512x7x7/relu",
+    "efficientnet_b0_b128/128x240x28x28/silu",
+    "pointnet/32x256/relu",
+    "resnet50_eval_b32/32x128x28x28/relu",
+    "resnet50_renorm_b4/4x1024x14x14/relu",
+    "resnet50_bin_b32/32x1024x14x14/relu",
 )
 LARGE = (  # on a CPU measured once more, out of its caches
     "sdxl_unet/2x320x128x128/silu",
@@ -46,6 +53,7 @@ LARGE = (  # on a CPU measured once more, out of its caches
     "llm_rms/8192x4096/none",
     "kb1_36/112x64x512x512/none",
     "llm_fused_add_rms/8192x4096/none",
+    "resnet50_b32/32x64x112x112/relu",
 )
 COMPILED = (  # torch.compile takes seconds a case, so it gets these only
     "sd15_unet/2x320x64x64/silu",
@@ -56,6 +64,9 @@ COMPILED = (  # torch.compile takes seconds a case, so it gets these only
     "convnext_t_b128/128x192x28x28/none",
     "llm_rms/8192x4096/none",
     "llm_fused_add_rms/8192x4096/none",
+    "resnet50_add_b32/32x256x56x56/relu",
+    "resnet50_renorm_b4/4x1024x14x14/relu",
+    "resnet50_bin_b32/32x1024x14x14/relu",
 )
 
 
@@ -75,6 +86,13 @@ class Case:
     groups: int = 0
     residual: bool = False
     affine: bool = True
+    mean: float = 0.5  # of x, and of running statistics
+    std: float = 1.5
+
+    @property
+    def over_samples(self) -> bool:
+        """Whether samples share statistics: then channels are what can be computed apart."""
+        return self.norm.startswith("batch_")
 
     @property
     def numel(self) -> int:
@@ -103,13 +121,18 @@ def load(norm: str) -> list[Case]:
     return cases
 
 
-def scale(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """`shape` made small: batch at most 2, then the longest spatial size halved (batch, without any) until x as float32 has `limit` bytes."""
+def scale(shape: tuple[int, ...], limit: int, keep_batch: bool = False) -> tuple[int, ...]:
+    """`shape` made small: batch at most 2, then the longest spatial size halved (batch, without any) until x as float32 has `limit` bytes.
+
+    `keep_batch`: the batch too is halved only as long as that is needed.
+    """
     batch, channels, *spatial = shape
-    if spatial:
+    if spatial and not keep_batch:
         batch = min(batch, 2)
     while 4 * math.prod((batch, channels, *spatial)) > limit:
-        if max(spatial, default=1) > 1:
+        if batch > 2 and keep_batch:
+            batch //= 2
+        elif max(spatial, default=1) > 1:
             longest = spatial.index(max(spatial))
             spatial[longest] //= 2
         elif batch > 1:
@@ -129,7 +152,10 @@ def rule(norm: str, device: str, quick: bool) -> str:
     """One sentence on how `grid` derives what is measured from ``shapes.json``."""
     if device != "cpu":
         return "shapes and dtypes as in the models; rank 4 and 5 in both layouts"
-    text = f"batch <= 2, longest spatial size halved (batch, without any) until x <= {(QUICK_LIMIT if quick else LIMIT) // MIB} MiB as float32"
+    halved = "batch <= 2, longest spatial size halved (batch, without any)"
+    if norm.startswith("batch_"):
+        halved = "batch halved, from 2 on the longest spatial size,"
+    text = f"{halved} until x <= {(QUICK_LIMIT if quick else LIMIT) // MIB} MiB as float32"
     large = ", ".join(names(norm, LARGE))
     also = f"; {large} also with x <= {LARGE_LIMIT // MIB} MiB" if large and not quick else ""
     return f"{text}{also}; as {' and '.join(CPU_DTYPES)}; rank 4 and 5 in both layouts"
@@ -141,7 +167,7 @@ def grid(norm: str, device: str, pattern: str | None = None, quick: bool = False
     if device == "cpu":
         limits = [(case, QUICK_LIMIT if quick else LIMIT) for case in chosen]
         limits += [(case, LARGE_LIMIT) for case in chosen if case.name in LARGE and not quick]
-        chosen = [replace(case, shape=scale(case.shape, limit), dtype=dtype) for case, limit in limits for dtype in CPU_DTYPES]
+        chosen = [replace(case, shape=scale(case.shape, limit, case.over_samples), dtype=dtype) for case, limit in limits for dtype in CPU_DTYPES]
     return _unique(replace(case, layout=layout) for case in chosen for layout in _layouts(case))
 
 

@@ -2,7 +2,8 @@
 
 Memory: element (n, c, s) of x lies at n C S + c stride_c + s stride_s, with (stride_c, stride_s) = (S, 1) channels first
 and (1, C) channels last. A tile of a group norm is [ROWS, BLOCK_C, BLOCK_S] lanes: rows (groups), channels, positions; or, of
-one row, [OUTER, BLOCK_C, BLOCK_S] with OUTER * BLOCK_S positions. Tiles of row norms are described in rows.py.
+one row, [OUTER, BLOCK_C, BLOCK_S] with OUTER * BLOCK_S positions. Those of batch norm and of row norms are described in
+batch.py and rows.py.
 
 Vectors: a load is V elements wide if Triton can prove that V divides offsets and masks. So the host passes the length of
 the contiguous axis divided by V and the kernel multiplies it back (`whole`). An odd S cannot be divided: with SIDE = True
@@ -60,6 +61,11 @@ def load(ptr, offset, mask, ACC: tl.constexpr, POLICY: tl.constexpr = NO_POLICY)
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE) if DTYPE == tl.float64 else x.to(tl.float32).to(DTYPE)
+
+
+@triton.jit
 def load_affine(ptr, offset, mask, NEUTRAL: tl.constexpr, ACC: tl.constexpr):
     """Weight or bias of the channels at `offset`; NEUTRAL (1 or 0) where there is none."""
     if ptr is None:
@@ -85,6 +91,28 @@ def store_stats(ptr, row, rows, hi, lo, rstd, mask, CENTERED: tl.constexpr):
         tl.store(ptr + rows + row, lo, mask)
         ptr = ptr + rows + rows
     tl.store(ptr + row, rstd, mask)
+
+
+@triton.jit
+def store_batch(stats_ptr, running_mean_ptr, running_var_ptr, c, C, hi, lo, M2, scale, count, eps, momentum, mask):
+    """Batch norm: stats (4, C), the last the unbiased variance, and running += momentum (value - running); rstd."""
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    rstd = inverse_std(M2, scale, count, tl.full((), eps, ACC))
+    variance = M2 / tl.maximum(count - 1, 1) / scale / scale
+    store_stats(stats_ptr, c, C, hi, lo, rstd, mask, True)
+    tl.store(stats_ptr + 3 * C + c, variance, mask)
+    if running_mean_ptr is not None:
+        WIDE: tl.constexpr = tl.float64 if running_mean_ptr.dtype.element_ty == tl.float64 else ACC
+        update_running(running_mean_ptr, c, hi.to(WIDE) + lo.to(WIDE), momentum, mask)
+        update_running(running_var_ptr, c, variance.to(WIDE), momentum, mask)
+    return rstd
+
+
+@triton.jit
+def update_running(ptr, c, value, momentum, mask):
+    before = load(ptr, c, mask, value.dtype)
+    after = before + tl.full((), momentum, value.dtype) * (value - before)
+    tl.store(ptr + c, narrow(after, ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -146,26 +174,28 @@ def inverse_std(M2, scale, count, eps):
 
 
 @triton.jit
-def merge_moments(partials_ptr, start, live, stride_k, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
+def merge_moments(partials_ptr, start, live, stride_k, T, PERIOD, C, D, S, CHUNK, BLOCK_P: tl.constexpr):
     """Moments of the groups at `start` [1, GROUPS], each from T * D partials (hi, lo, root_M2 of CHUNK positions of one channel), Chan's rule.
+    PERIOD (D = 1): of several samples, each of so many chunks and S positions.
 
     Everything is taken relative to the first hi: delta_i = (hi_i - hi_0) + lo_i. Two sweeps over partials that are in
     cache give mean(delta) and then sum root_M2_i^2 + n_i (delta_i - mean)^2 without cancellation. Always in the same order.
     """
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
-    count = (D.to(tl.int64) * S).to(ACC)
+    samples = 1 if PERIOD is None else T // PERIOD
+    count = (D.to(tl.int64) * S * samples).to(ACC)
     hi_0 = load(partials_ptr, start, live, ACC)
     mean = tl.zeros_like(hi_0)
     for p in range(0, T * D, BLOCK_P):
-        offset, mask, n = partial(p, start, live, T, C, D, S, CHUNK, BLOCK_P, ACC)
+        offset, mask, n = partial(p, start, live, T, PERIOD, C, D, S, CHUNK, BLOCK_P, ACC)
         hi = load(partials_ptr, offset, mask, ACC)
         lo = load(partials_ptr + stride_k, offset, mask, ACC)
         mean += tl.sum(tl.where(mask, (hi - hi_0) + lo, 0.0) * (n / count), axis=0, keep_dims=True)
     scale = tl.full(hi_0.shape, 1.0, ACC)
-    M2 = spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
+    M2 = spread(partials_ptr, start, live, stride_k, T, PERIOD, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
     if tl.max(tl.ravel(M2)) == float("inf"):
         scale = tl.where(M2 == float("inf"), HUGE, scale)
-        M2 = spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
+        M2 = spread(partials_ptr, start, live, stride_k, T, PERIOD, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P)
     hi, lo = two_sum(hi_0, mean)
     return hi, lo, M2, scale, count
 
@@ -179,20 +209,27 @@ def two_sum(x, y):
 
 
 @triton.jit
-def partial(p, start, live, T, C, D, S, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
+def partial(p, start, live, T, PERIOD, C, D, S, CHUNK, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
     """Offset, mask and count of the partials p .. p + BLOCK_P of each group; chunk-major, as they lie in memory."""
     i = p + tl.arange(0, BLOCK_P)[:, None]
-    t = i // D
-    last = (S - (T - 1).to(tl.int64) * CHUNK).to(ACC)
-    return start + (t.to(tl.int64) * C + i % D), (i < T * D) & live, tl.where(t < T - 1, CHUNK, last)
+    if PERIOD is None:
+        t = i // D
+        t_last = T - 1
+        offset = start + (t.to(tl.int64) * C + i % D)
+    else:
+        t = i % PERIOD
+        t_last = PERIOD - 1
+        offset = start + i.to(tl.int64) * C
+    last = (S - t_last.to(tl.int64) * CHUNK).to(ACC)
+    return offset, (i < T * D) & live, tl.where(t < t_last, CHUNK, last)
 
 
 @triton.jit
-def spread(partials_ptr, start, live, stride_k, T, C, D, S, hi_0, mean, scale, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr):
+def spread(partials_ptr, start, live, stride_k, T, PERIOD, C, D, S, hi_0, mean, scale, CHUNK, BLOCK_P: tl.constexpr):
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
     M2 = tl.zeros_like(hi_0)
     for p in range(0, T * D, BLOCK_P):
-        offset, mask, n = partial(p, start, live, T, C, D, S, CHUNK, BLOCK_P, ACC)
+        offset, mask, n = partial(p, start, live, T, PERIOD, C, D, S, CHUNK, BLOCK_P, ACC)
         hi = load(partials_ptr, offset, mask, ACC)
         lo = load(partials_ptr + stride_k, offset, mask, ACC)
         root_M2 = load(partials_ptr + 2 * stride_k, offset, mask, ACC) * scale

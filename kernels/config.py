@@ -3,6 +3,7 @@
 Sizes as in the kernels: N samples, C = G D channels, S positions. A group is D S elements, backward holds it twice (x and dy).
     held   a program holds whole groups: 2 memory passes forward, 3 backward
     split  tiles of all groups, statistics through memory: the second reading comes from cache where everything fits it
+    samples (batch norm) split with tiles of several samples
     long   (rows forward) a program loops over its rows twice: the second reading comes from cache as long as the rows at work fit it
 Nothing here was measured yet: the reasons are occupancy and register counts of compiled kernels.
 """
@@ -30,7 +31,7 @@ class Config:
     regime: str
     V: int  # elements in one vector access; the contiguous length is a multiple of it unless SIDE
     SIDE: bool  # odd S, channels first: aligned interior plus side lanes
-    ROWS: int  # held: groups in a program
+    ROWS: int  # held: groups in a program; batch norm: samples
     OUTER: int  # a tile holds OUTER * BLOCK_S positions
     BLOCK_C: int
     BLOCK_S: int
@@ -89,10 +90,7 @@ def choose(N, C, S, G, itemsize, channels_last, backward, device=Device(), froze
     Cooperative regimes (a group over several programs that meet at a barrier) will be chosen here.
     """
     D = C // G
-    V, SIDE = vector(D if channels_last else S, itemsize), False
-    # Under 8 bytes an access, long rows are worth an aligned interior with a head and a tail.
-    if not channels_last and V * itemsize < 8 and S >= 256:
-        V, SIDE = 16 // itemsize, True
+    V, SIDE = (vector(D, itemsize), False) if channels_last else _contiguous(S, itemsize)
     held = None if frozen else _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE)
     # Channels last, a held group is D contiguous elements here and there: under a 32-byte sector, only where it all is in cache.
     pieces_ok = not channels_last or D * itemsize >= 32 or N * C * S * itemsize <= 1 << 20
@@ -101,6 +99,13 @@ def choose(N, C, S, G, itemsize, channels_last, backward, device=Device(), froze
     if channels_last:
         V = vector(C, itemsize)
     return _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE)
+
+
+def _contiguous(S, itemsize):
+    """V, SIDE of S contiguous positions."""
+    V = vector(S, itemsize)
+    # Under 8 bytes an access, long rows are worth an aligned interior with a head and a tail.
+    return (16 // itemsize, True) if V * itemsize < 8 and S >= 256 else (V, False)
 
 
 def _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE):
@@ -224,6 +229,41 @@ def _across(D, G, L, planes, itemsize, V, backward, parameters, device):
         ROWS //= 2
     ROWS = min(ROWS, power_above(L))
     return RowConfig("held", V, ROWS, 1, BLOCK, max(1, min(16, ROWS * BLOCK // (32 * (16 if backward else 32)))))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
+    """The Config for one batch norm; ROWS are samples, or channels last positions, except of "split", which has the tiles of a group norm.
+
+    Cooperative regimes (channels over several programs that meet at a barrier) will be chosen here.
+    """
+    samples, positions = (N * S, 1) if channels_last else (N, S)
+    V = vector(C if channels_last else S, itemsize)
+    BLOCK_S, ROWS = power_above(positions), power_above(samples)
+    # Channels beside each other, until the 64 bytes that loads want lie together, better the 128 that stores want.
+    least, enough = (min(power_above(C), power_above(divide(together, positions * itemsize))) for together in (64, 128))
+    # 64 KB are one program's registers at 16 warps, as for groups; narrow accesses, each with an address, leave fewer.
+    size = itemsize * (2 if backward else 1)
+    most = min((64 << 10) // size, 16384 if V * itemsize < 8 else 32768)
+    held = ROWS * least * BLOCK_S <= most
+    # Up to 256 positions, tiles of one sample would be half empty, and leave many partials.
+    if C * positions * ROWS >= 1 << 31 or not held and (channels_last or S > 256):
+        if channels_last:
+            return _split(1, C, N * S, 1, itemsize, True, backward, device, V, False)
+        return _split(N, C, S, 1, itemsize, False, backward, device, *_contiguous(S, itemsize))
+    if held:
+        BLOCK_C = min(enough, most // (ROWS * BLOCK_S))
+        while ROWS * BLOCK_C * BLOCK_S < 4096 and C >= 8 * BLOCK_C * device.processors:
+            BLOCK_C *= 2
+    else:
+        BLOCK_C, elements = enough, min(4096 if backward else 8192, (32 << 10) // itemsize)
+        ROWS = elements // (BLOCK_C * BLOCK_S)
+    if channels_last:
+        V = min(V, max(1, BLOCK_C // 8))  # as in `_split`
+    few = divide(C, BLOCK_C) * divide(samples, ROWS) < 2 * device.processors
+    num_warps = min(16, max(1, ROWS * BLOCK_C * BLOCK_S // (32 * (16 if few or itemsize == 8 else 32))))
+    LARGE = not held and N * C * S * size > device.cache_budget // 2
+    return Config("held" if held else "samples", V, False, ROWS, 1, BLOCK_C, BLOCK_S, num_warps, LARGE=LARGE)
 
 
 def _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last):

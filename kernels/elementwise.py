@@ -63,6 +63,12 @@ def backward_of(
 
 
 @triton.jit
+def load_coefficients(means_ptr, row, rows, mask, rstd):
+    """c2, c3 from the means of g x_hat and of g."""
+    return -rstd * load(means_ptr, row, mask, rstd.dtype), -rstd * load(means_ptr + rows, row, mask, rstd.dtype)
+
+
+@triton.jit
 def store_gradients(x_hat, dt, g, offset, mask, dtotal_ptr, dx_ptr, dresidual_ptr, factor, c2, c3, POLICY: tl.constexpr):
     """dx = factor g + c2 x_hat + c3, where factor g = rstd weight dt. c2 = None: the statistics do not depend on x, so dx not on x_hat."""
     if dx_ptr is not None:

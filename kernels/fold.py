@@ -8,14 +8,9 @@ import math
 import triton
 import triton.language as tl
 
-from .algebra import load
+from .algebra import load, narrow
 from .config import divide, power_above
 from .launch import launch
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    return x.to(DTYPE) if DTYPE == tl.float64 else x.to(tl.float32).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["rows", "C", "K", "LENGTH"])

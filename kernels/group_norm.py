@@ -9,12 +9,11 @@ from .fold import fold, shorten
 from .held import _group_norm_bwd_held_kernel, _group_norm_fwd_held_kernel
 from .launch import INTERPRET, launch
 from .split import (
-    _apply_backward_kernel,
     _apply_kernel,
+    _backward_kernel,
     _fold_moments_kernel,
     _fold_sums_kernel,
     _moments_kernel,
-    _sums_kernel,
 )
 
 
@@ -26,14 +25,14 @@ def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channe
 
 
 def group_norm_bwd(
-    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen, activation,
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, means, N, C, num_groups, channels_last, frozen, activation,
     negative_slope,
 ):  # fmt: skip
-    """Write those of dx, dweight, dbias, dresidual that are not None."""
+    """Write those of dx, dweight, dbias, dresidual that are not None. means (only with frozen): those of g x_hat and g, (2, 1 or N, G), or None."""
     N, channels_last = _join(stats, x, weight, bias, N, C, channels_last, frozen)
     config = _configuration(x, N, C, num_groups, channels_last, True, frozen)
     backward(
-        config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen,
+        config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, means, N, C, num_groups, channels_last, frozen,
         activation, negative_slope,
     )  # fmt: skip
 
@@ -50,15 +49,13 @@ def forward(config, y, stats, x, weight, bias, residual, N, C, num_groups, chann
         )  # fmt: skip
         return
     tiling, T, programs = _tiling(config, N, C, S, channels_last)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     merge = config.FOLD and y is not None and not frozen
     partials = None
     if not frozen:
-        partials = torch.empty((3, N, T, C), dtype=accumulate, device=x.device)
-        launch(_moments_kernel, programs, config.num_warps, x, partials, N, c_arg, s_arg, T, *tiling)
+        partials = find_moments(config, x, N, C, channels_last)
         if not merge:
             if stats is None:
-                stats = torch.empty((3, N, num_groups), dtype=accumulate, device=x.device)
+                stats = partials.new_empty((3, N, num_groups))
             fold_moments(partials, stats, D, S, config.OUTER * config.BLOCK_S, eps)
     if y is not None:
         launch(
@@ -68,74 +65,99 @@ def forward(config, y, stats, x, weight, bias, residual, N, C, num_groups, chann
         )  # fmt: skip
 
 
-def fold_moments(partials, stats, D, S, chunk, eps):
-    """stats (3, N, G), or (1, N, G) of RMS, from partials (3, N, T, C) of `chunk` positions each."""
+def find_moments(config, x, N, C, channels_last):
+    """Partials (3, N, T, C) of the T chunks of each sample."""
+    S, _, c_arg, _, s_arg = _arguments(config, x, N, C, C, channels_last)
+    tiling, T, programs = _tiling(config, N, C, S, channels_last)
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    partials = torch.empty((3, N, T, C), dtype=accumulate, device=x.device)
+    launch(_moments_kernel, programs, config.num_warps, x, partials, N, c_arg, s_arg, T, *tiling)
+    return partials
+
+
+def fold_moments(partials, stats, D, S, chunk, eps, running_mean=None, running_var=None, momentum=0.0):
+    """From partials (3, N, T, C) of `chunk` of S positions each, stats (3, N, G), (1, N, G) of RMS, or (4, 1, C) of batch norm."""
     _, N, T, C = partials.shape
-    if T > 512:  # one program alone would take long over so many: merge channel by channel first
-        length = power_above(math.isqrt(T))
+    over_samples = stats.shape[0] == 4
+    # One program alone would take long over more than 512: first bring together some, or each sample's, channel by channel.
+    length = power_above(math.isqrt(T)) if T > 512 else T if over_samples and N * T > 512 else 1
+    if length > 1:
         fewer = partials.new_empty((3, N, divide(T, length), C))
         channels = min(32, power_above(C))
-        block = min(4096 // channels, length)
+        block = min(4096 // channels, power_above(length))
         launch(
-            _fold_moments_kernel, N * fewer.shape[2] * divide(C, channels), max(1, block * channels // 256), partials, fewer,
-            N, C, 1, S, T, length, eps, chunk, block, channels, False, True,
+            _fold_moments_kernel, N * fewer.shape[2] * divide(C, channels), max(1, block * channels // 256), partials, fewer, None, None,
+            N, C, 1, S, T, length, None, chunk, eps, momentum, block, channels, False, 3,
         )  # fmt: skip
-        partials, chunk, T = fewer, chunk * length, fewer.shape[2]
+        return fold_moments(fewer, stats, D, S, chunk * length, eps, running_mean, running_var, momentum)
+    if N > 512 and over_samples:
+        return fold_moments(partials.view(3, 1, N, C), stats, D, N * S, S, eps, running_mean, running_var, momentum)
+    rows, period = stats.shape[1], None
+    if rows < N:
+        T, period = N * T, T
     groups = min(max(1, 8 // power_above(D)), power_above(C // D))  # 32 bytes of neighbouring channels are one sector
     block = min(4096 // groups, power_above(T * D))
     launch(
-        _fold_moments_kernel, N * divide(C // D, groups), max(1, block * groups // 256), partials, stats,
-        N, C, D, S, T, T, eps, chunk, block, groups, True, stats.shape[0] == 3,
+        _fold_moments_kernel, rows * divide(C // D, groups), max(1, block * groups // 256), partials, stats, running_mean, running_var,
+        rows, C, D, S, T, T, period, chunk, eps, momentum, block, groups, True, stats.shape[0],
     )  # fmt: skip
 
 
 def backward(
-    config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen,
+    config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, means, N, C, num_groups, channels_last, frozen,
     activation, negative_slope,
 ):  # fmt: skip
-    S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
-    w_rows, b_rows = _rows(weight, C), _rows(bias, C)
     parameters = dweight is not None or dbias is not None
+    tensors = (dy, x, stats, weight, bias, residual)
+    sizes = (N, C, num_groups, channels_last, activation, negative_slope)
     if config.regime == "held":
+        S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
+        w_rows, b_rows = _rows(weight, C), _rows(bias, C)
         slots = N if w_rows or b_rows else config.SLOTS
         sums = stats.new_empty((2, slots, C)) if parameters else None
         launch(
             _group_norm_bwd_held_kernel, divide(slots * num_groups, config.ROWS), config.num_warps,
-            dy, x, stats, weight, bias, residual, dx, dresidual, sums,
+            *tensors, dx, dresidual, sums,
             w_rows, b_rows, N, slots, num_groups, d_arg, s_arg, negative_slope,
             activation, channels_last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
         )  # fmt: skip
+    elif frozen:
+        sums = sweep(config, parameters, dx, dresidual, means, *tensors, *sizes)
     else:
-        tiling, T, programs = _tiling(config, N, C, S, channels_last)
-        sums = stats.new_empty((2, N * T, C)) if parameters or not frozen else None
-        launch(
-            _sums_kernel, programs, config.num_warps, dy, x, stats, weight, bias, residual, sums,
-            dx if frozen else None, dresidual if frozen else None,
-            w_rows, b_rows, stats.shape[1], N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
-        )  # fmt: skip
-        if not frozen:
-            partials = shorten(sums, N)
-            sums, coefficients = stats.new_empty((2, N, C)), stats.new_empty((2, N, num_groups))
-            _fold_sums(partials, stats, weight, sums, coefficients, w_rows, D, S)
-            if dx is not None or dresidual is not None:
-                launch(
-                    _apply_backward_kernel, programs, config.num_warps, dy, x, stats, coefficients, weight, bias, residual, dx, dresidual,
-                    w_rows, b_rows, N, c_arg, D, s_arg, T, negative_slope, activation, *tiling,
-                )  # fmt: skip
+        partials = shorten(sweep(config, True, None, None, None, *tensors, *sizes), N)
+        sums, means = stats.new_empty((2, N, C)), stats.new_empty((2, N, num_groups))
+        fold_sums(partials, weight, *sums, means, C, x.numel() // (N * num_groups))
+        if dx is not None or dresidual is not None:
+            sweep(config, False, dx, dresidual, means, *tensors, *sizes)
     if parameters:
         fold(sums, dweight, dbias)
 
 
-def _fold_sums(partials, stats, weight, sums, coefficients, w_rows, D, S):
-    """sums and coefficients from partials (2, N T, C)."""
-    _, N, C = sums.shape
-    T = partials.shape[1] // N
+def sweep(
+    config, with_sums, dx, dresidual, means, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, activation, negative_slope,
+):  # fmt: skip
+    """One reading of x and dy: dx, dresidual, each unless None, with given statistics, and (2, N T, C) sums of the T chunks of each sample."""
+    S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
+    tiling, T, programs = _tiling(config, N, C, S, channels_last)
+    sums = stats.new_empty((2, N * T, C)) if with_sums else None
+    launch(
+        _backward_kernel, programs, config.num_warps, dy, x, stats, means, weight, bias, residual, sums, dx, dresidual,
+        _rows(weight, C), _rows(bias, C), stats.shape[1], N, c_arg, D, s_arg, T, negative_slope,
+        activation, *tiling, dx is not None or dresidual is not None,
+    )  # fmt: skip
+    return sums
+
+
+def fold_sums(partials, weight, sum_dt_xhat, sum_dt, means, C, count):
+    """Sums (N, C) of N rows, each unless None, and means (2, N, G) of `count` elements each, from partials (2, N T, C)."""
+    _, N, G = means.shape
+    D, T = C // G, partials.shape[1] // N
     block_d = min(64, power_above(D))
-    groups = min(max(1, 8 // block_d), power_above(C // D))
+    groups = min(max(1, 8 // block_d), power_above(G))
     block_t = min(2048 // (block_d * groups), power_above(T))
     launch(
-        _fold_sums_kernel, N * divide(C // D, groups), max(1, block_t * groups * block_d // 512), partials, stats, weight, sums, coefficients,
-        w_rows, N, C, D, S, T, block_t, groups, block_d,
+        _fold_sums_kernel, N * divide(G, groups), max(1, block_t * groups * block_d // 512), partials, weight, sum_dt_xhat, sum_dt, means,
+        _rows(weight, C), N, C, D, count // D, T, block_t, groups, block_d,
     )  # fmt: skip
 
 

@@ -5,12 +5,10 @@ The grid is all tiles [BLOCK_C channels, BLOCK_S positions] of all samples, howe
                 fold     stats (3, N, G) = hi, lo, rstd of each group: its T D partials merged (skipped if FOLD in apply)
                 apply    y = act(x_hat weight + bias (+ residual))
     backward    sums     partials (2, N, T, C) = sum_dt_xhat, sum_dt
-                fold     sums (2, N, C): over t; coefficients (2, N, G) = c2, c3:
-                         c2 = -rstd/(D S) sum_c weight sum_dt_xhat     c3 = -rstd/(D S) sum_c weight sum_dt
-                apply    dx = rstd weight dt + c2 x_hat + c3           dresidual = dt
-Frozen statistics, given as (3, STATS_N, G) with STATS_N = 1 or N, leave two kernels, each with one reading:
-    forward     apply
-    backward    sums     partials, and in the same pass dx = rstd weight dt, dresidual
+                fold     sums (2, N, C): over t; means (2, N, G) = 1/(D S) sum_c weight sum_dt_xhat, 1/(D S) sum_c weight sum_dt
+                apply    dx = rstd weight dt + c2 x_hat + c3     c2, c3 = -rstd means     dresidual = dt
+Frozen statistics, given as (3, STATS_N, G) with STATS_N = 1 or N, leave one reading each: forward apply, backward sums and apply in one
+pass, where c2 = c3 = 0 unless means are given too. Sums and apply of backward are one kernel.
 The second reading of a tensor runs in the reverse order of the first, so that what the cache still holds is met first.
 LARGE (it does not all fit the cache): keep what is read first, let go of what is read last and of the outputs.
 """
@@ -18,8 +16,8 @@ LARGE (it does not all fit the cache): keep what is read first, let go of what i
 import triton
 import triton.language as tl
 
-from .algebra import inverse_std, load, load_affine, load_stats, merge_moments, moments, place, store_stats, total, whole
-from .elementwise import backward_of, forward_of, store_gradients
+from .algebra import inverse_std, load, load_affine, load_stats, merge_moments, moments, narrow, place, store_batch, store_stats, total, whole
+from .elementwise import backward_of, forward_of, load_coefficients, store_gradients
 
 
 @triton.jit
@@ -72,12 +70,12 @@ def _moments_kernel(
     tl.store(out + 2 * stride_k, tl.sqrt(M2) / scale, live)
 
 
-@triton.jit(do_not_specialize=["N", "C", "D", "S", "T", "LENGTH"])
+@triton.jit(do_not_specialize=["N", "C", "D", "S", "T", "LENGTH", "PERIOD", "CHUNK"])
 def _fold_moments_kernel(
-    partials_ptr, out_ptr, N, C, D, S, T, LENGTH, eps: "fp64",
-    CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, FINAL: tl.constexpr, CENTERED: tl.constexpr,
+    partials_ptr, out_ptr, running_mean_ptr, running_var_ptr, N, C, D, S, T, LENGTH, PERIOD, CHUNK, eps: "fp64", momentum: "fp64",
+    BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """FINAL: stats of GROUPS groups from all their T = LENGTH partials a channel. Else (D = 1) every LENGTH partials become one."""
+    """FINAL: stats (ROWS, N, G) of GROUPS groups from all their T = LENGTH partials a channel. Else (D = 1) every LENGTH partials become one."""
     G = C // D
     blocks, U = tl.cdiv(G, GROUPS), tl.cdiv(T, LENGTH)
     n, u = (tl.program_id(0) // (blocks * U)).to(tl.int64), tl.program_id(0) // blocks % U
@@ -85,10 +83,14 @@ def _fold_moments_kernel(
     t, s = u * LENGTH, u.to(tl.int64) * LENGTH * CHUNK
     start = (n * T + t) * C + g * D
     T_here, S_here = tl.minimum(T - t, LENGTH), tl.minimum(S - s, LENGTH.to(tl.int64) * CHUNK)
-    hi, lo, M2, scale, count = merge_moments(partials_ptr, start, g < G, N.to(tl.int64) * T * C, T_here, C, D, S_here, CHUNK, BLOCK_P)
+    hi, lo, M2, scale, count = merge_moments(partials_ptr, start, g < G, N.to(tl.int64) * T * C, T_here, PERIOD, C, D, S_here, CHUNK, BLOCK_P)
     row, rows = (n * U + u) * G + g, N.to(tl.int64) * U * G
-    last = inverse_std(M2, scale, count, tl.full((), eps, hi.dtype)) if FINAL else tl.sqrt(M2) / scale
-    store_stats(out_ptr, row, rows, hi, lo, last, g < G, CENTERED or not FINAL)
+    if not FINAL:
+        store_stats(out_ptr, row, rows, hi, lo, tl.sqrt(M2) / scale, g < G, True)
+    elif ROWS == 4:
+        store_batch(out_ptr, running_mean_ptr, running_var_ptr, row, rows, hi, lo, M2, scale, count, eps, momentum, g < G)
+    else:
+        store_stats(out_ptr, row, rows, hi, lo, inverse_std(M2, scale, count, tl.full((), eps, hi.dtype)), g < G, ROWS == 3)
 
 
 @triton.jit(do_not_specialize=["weight_rows", "bias_rows", "STATS_N", "N", "C", "D", "S", "T"])
@@ -114,7 +116,7 @@ def _apply_kernel(
         g = c_0 // D + tl.zeros((1, 1), tl.int32)
         live_g = tl.full((1, 1), True, tl.int1)
         start, stride_k = n * T * C + g * D, N.to(tl.int64) * T * C
-        hi, lo, M2, scale, count = merge_moments(partials_ptr, start, live_g, stride_k, T, C, D, S, OUTER * BLOCK_S, BLOCK_P)
+        hi, lo, M2, scale, count = merge_moments(partials_ptr, start, live_g, stride_k, T, None, C, D, S, OUTER * BLOCK_S, BLOCK_P)
         rstd = inverse_std(M2, scale, count, tl.full((), eps, ACC))
         if stats_ptr is not None:
             store_stats(stats_ptr, n * G + g, N * G, hi, lo, rstd, g * D == c_0 + t * C, True)
@@ -128,29 +130,34 @@ def _apply_kernel(
 
 
 @triton.jit(do_not_specialize=["weight_rows", "bias_rows", "STATS_N", "N", "C", "D", "S", "T"])
-def _sums_kernel(
-    dy_ptr, x_ptr, stats_ptr, weight_ptr, bias_ptr, residual_ptr, partials_ptr, dx_ptr, dresidual_ptr,
+def _backward_kernel(
+    dy_ptr, x_ptr, stats_ptr, means_ptr, weight_ptr, bias_ptr, residual_ptr, partials_ptr, dx_ptr, dresidual_ptr,
     weight_rows, bias_rows, STATS_N, N, C, D, S, T, slope: "fp64",
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
-    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """dx and dresidual only with frozen statistics."""
+    """Partials, dx and dresidual, each unless None. LAST: x is not read again."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    POLICY: tl.constexpr = "evict_last" if LARGE else ""
+    POLICY: tl.constexpr = ("evict_first" if LAST else "evict_last") if LARGE else ""
     C = whole(C, V, CHANNELS_LAST)
     S = whole(S, V, not CHANNELS_LAST and not SIDE)
-    n, t, c_0 = tile(tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0) if LAST else tl.program_id(0)
+    n, t, c_0 = tile(pid, C, T, CHANNELS_LAST, BLOCK_C)
     c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
     weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
     bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
-    hi, lo, rstd = load_stats(stats_ptr, tl.minimum(n, STATS_N - 1) * (C // D) + c // D, STATS_N * (C // D), live, True)
+    row, rows = tl.minimum(n, STATS_N - 1) * (C // D) + c // D, STATS_N * (C // D)
+    hi, lo, rstd = load_stats(stats_ptr, row, rows, live, True)
+    c2, c3 = None, None
+    if means_ptr is not None:
+        c2, c3 = load_coefficients(means_ptr, row, rows, live, rstd)
     slope = tl.full((), slope, ACC)
     x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-    store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, None, None, POLICY)
+    store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)
     sum_dt, sum_dt_xhat = total(dt, False, OUTER), total(dt * x_hat, False, OUTER)
     if SIDE:
         x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-        store_gradients(x_hat, dt, dt, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, None, None, POLICY)
+        store_gradients(x_hat, dt, dt, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)
         sum_dt += total(dt, False, 1)
         sum_dt_xhat += total(dt * x_hat, False, 1)
     if partials_ptr is not None:
@@ -161,7 +168,7 @@ def _sums_kernel(
 
 @triton.jit(do_not_specialize=["weight_rows", "N", "C", "D", "S", "T"])
 def _fold_sums_kernel(
-    partials_ptr, stats_ptr, weight_ptr, sums_ptr, coefficients_ptr, weight_rows, N, C, D, S, T,
+    partials_ptr, weight_ptr, sum_dt_xhat_ptr, sum_dt_ptr, means_ptr, weight_rows, N, C, D, S, T,
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partials_ptr.dtype.element_ty
@@ -182,40 +189,14 @@ def _fold_sums_kernel(
             offset, mask = (n * T + t) * C + c, (t < T) & live
             sum_dt_xhat += tl.sum(load(partials_ptr, offset, mask, ACC), axis=0, keep_dims=True)
             sum_dt += tl.sum(load(partials_ptr + stride_k, offset, mask, ACC), axis=0, keep_dims=True)
-        tl.store(sums_ptr + (n * C + c), sum_dt_xhat, live)
-        tl.store(sums_ptr + N.to(tl.int64) * C + (n * C + c), sum_dt, live)
+        if sum_dt_xhat_ptr is not None:
+            tl.store(sum_dt_xhat_ptr + (n * C + c), narrow(sum_dt_xhat, sum_dt_xhat_ptr.dtype.element_ty), live)
+        if sum_dt_ptr is not None:
+            tl.store(sum_dt_ptr + (n * C + c), narrow(sum_dt, sum_dt_ptr.dtype.element_ty), live)
         weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
         Q += weight * sum_dt_xhat
         P += weight * sum_dt
     row = n * G + g
-    factor = -load(stats_ptr + N * G + N * G, row, g < G, ACC) / (D.to(tl.int64) * S).to(ACC)
-    tl.store(coefficients_ptr + row, factor * tl.sum(Q, axis=2, keep_dims=True), g < G)
-    tl.store(coefficients_ptr + N * G + row, factor * tl.sum(P, axis=2, keep_dims=True), g < G)
-
-
-@triton.jit(do_not_specialize=["weight_rows", "bias_rows", "N", "C", "D", "S", "T"])
-def _apply_backward_kernel(
-    dy_ptr, x_ptr, stats_ptr, coefficients_ptr, weight_ptr, bias_ptr, residual_ptr, dx_ptr, dresidual_ptr,
-    weight_rows, bias_rows, N, C, D, S, T, slope: "fp64",
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, V: tl.constexpr, SIDE: tl.constexpr, LARGE: tl.constexpr,
-    OUTER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    POLICY: tl.constexpr = "evict_first" if LARGE else ""
-    C = whole(C, V, CHANNELS_LAST)
-    S = whole(S, V, not CHANNELS_LAST and not SIDE)
-    n, t, c_0 = tile(tl.num_programs(0) - 1 - tl.program_id(0), C, T, CHANNELS_LAST, BLOCK_C)
-    c, live, offset, mask, offset_side, mask_side, length, first = place_tile(n, t, c_0, C, S, CHANNELS_LAST, V, SIDE, OUTER, BLOCK_C, BLOCK_S)
-    weight = load_affine(weight_ptr, n * weight_rows * C + c, live, 1.0, ACC)
-    bias = load_affine(bias_ptr, n * bias_rows * C + c, live, 0.0, ACC)
-    row = n * (C // D) + c // D
-    rows = N * (C // D)
-    hi, lo, rstd = load_stats(stats_ptr, row, rows, live, True)
-    c2 = load(coefficients_ptr, row, live, ACC)
-    c3 = load(coefficients_ptr + rows, row, live, ACC)
-    slope = tl.full((), slope, ACC)
-    x_hat, dt = backward_of(dy_ptr, x_ptr, offset, mask, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-    store_gradients(x_hat, dt, dt, offset, mask, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)
-    if SIDE:
-        x_hat, dt = backward_of(dy_ptr, x_ptr, offset_side, mask_side, residual_ptr, hi, lo, rstd, weight, bias, slope, ACTIVATION, ACC, POLICY)
-        store_gradients(x_hat, dt, dt, offset_side, mask_side, None, dx_ptr, dresidual_ptr, rstd * weight, c2, c3, POLICY)
+    count = (D.to(tl.int64) * S).to(ACC)
+    tl.store(means_ptr + row, tl.sum(Q, axis=2, keep_dims=True) / count, g < G)
+    tl.store(means_ptr + N * G + row, tl.sum(P, axis=2, keep_dims=True) / count, g < G)

@@ -12,16 +12,23 @@ from normops.functional import (
     adaptive_instance_norm,
     add_layer_norm,
     add_rms_norm,
+    batch_instance_norm,
+    batch_norm,
+    batch_renorm,
     group_norm,
     instance_norm,
     layer_norm,
     rms_norm,
+    sync_batch_norm,
 )
 
 __all__ = [
     "adaptive_instance_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "batch_instance_norm",
+    "batch_norm",
+    "batch_renorm",
     "backend",
     "functional",
     "group_norm",
@@ -29,5 +36,6 @@ __all__ = [
     "layer_norm",
     "nn",
     "rms_norm",
+    "sync_batch_norm",
 ]
 __version__ = "0.2.0"

@@ -5,16 +5,15 @@ Eager calls reach the launchers directly; under compile, export, fake tensors an
 differentiable reference; vmap folds its batch into N.
 """
 
-import math
-from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from normops import ops, reference
+from normops import launch, reference
+from normops.families import Batch, Family, Groups, Rows
 
 _C = torch._C
 
@@ -28,6 +27,7 @@ any_requires_grad = _private("_any_requires_grad", True)
 _dispatch_modes = _private("_len_torch_dispatch_stack", 1)
 _function_modes = _private("_len_torch_function_stack", 1)
 _transforms_active = _private("peek_interpreter_stack", True)
+_graph_task = _private("_current_graph_task_id", -1)
 _any_autocast = _private("_is_any_autocast_enabled", True)
 _tracing = _private("_get_tracing_state", True)
 _is_compiling = torch.compiler.is_dynamo_compiling  # other tracers run under a dispatch mode
@@ -37,6 +37,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def transforming() -> bool:
     """Whether a torch.func transform or forward-mode AD is active."""
     return _transforms_active() is not None or forward_ad._current_level >= 0
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running in this thread: what is called now was called before, and a checkpoint needs it again."""
+    return not _is_compiling() and _graph_task() != -1
 
 
 def eager() -> bool:
@@ -62,107 +67,6 @@ def plain(x: Tensor, *others: Tensor | None) -> bool:
     return eager()
 
 
-# ---- what the two families of kernels have in common: each call as (N, C, S), and which sums its derivatives need ----
-
-
-@dataclass
-class Groups:
-    """A call of ``group_norm_fwd``: one statistic for all positions of ``C/num_groups`` channels; `frozen`: it does not depend on x."""
-
-    num_groups: int
-    eps: float
-    activation: str
-    negative_slope: float
-    out_dtype: torch.dtype | None
-    frozen: bool
-
-    weight_offset: ClassVar[float] = 0.0
-
-    @property
-    def sets(self) -> reference.Sets:
-        return reference.Sets(self.num_groups)
-
-    def backward(self, direct, dy, dtotal, x, stats, weight, bias, residual, mask):
-        bwd = ops.group_norm_bwd if direct else torch.ops.normops.group_norm_bwd.default
-        return bwd(dy, x, stats, weight, bias, residual, self.num_groups, self.frozen, self.activation, self.negative_slope, mask)
-
-    def differentiable(self, x, stats, weight, bias, residual, out_dtype):
-        given = stats if self.frozen else None
-        return reference.group_norm(x, self.num_groups, weight, bias, self.eps, self.activation, self.negative_slope, residual, out_dtype, given)
-
-    def view(self, x: Tensor) -> Tensor:
-        return reference.positions(x)
-
-    def spread(self, values: Tensor, channels: int) -> Tensor:
-        """A value per group, to broadcast against ``(N, C, S)``."""
-        return values.repeat_interleave(channels // self.num_groups, 1)
-
-    def project(self, direct, value, x, x_hat, stats, want_dx=True):
-        """``rstd*P(value)``, and the cells of ``value*x_hat`` and of ``value``."""
-        ones = x.new_ones(x.shape[:2])
-        linear = replace(self, activation="none")
-        dx, first, second, _ = linear.backward(direct, value, None, x, stats, ones, ones, None, [want_dx, True, True, False])
-        return dx, first.unsqueeze(2), second.unsqueeze(2)
-
-    def cells(self, value: Tensor) -> Tensor:
-        """Sums over what neither a statistic nor a parameter distinguishes: of each channel."""
-        return value.sum(2, keepdim=True)
-
-    def mean(self, cells: Tensor, x: Tensor) -> Tensor:
-        """The means over each set, from cells."""
-        samples, channels, positions = x.shape
-        groups = cells.reshape(samples, self.num_groups, -1).sum(2, keepdim=True)
-        return self.spread(groups / (channels // self.num_groups * positions), channels)
-
-
-@dataclass
-class Rows:
-    """A call of ``row_norm_fwd``: a statistic for the last `ndim` dimensions, or with 0 for dimension 1 of ``(N, C, *spatial)``."""
-
-    ndim: int
-    centered: bool
-    weight_offset: float
-    eps: float
-    activation: str
-    negative_slope: float
-    out_dtype: torch.dtype | None
-
-    frozen: ClassVar[bool] = False
-
-    @property
-    def sets(self) -> reference.Sets:
-        return reference.Sets(1, True, self.centered)
-
-    def backward(self, direct, dy, dtotal, x, stats, weight, bias, residual, mask):
-        bwd = ops.row_norm_bwd if direct else torch.ops.normops.row_norm_bwd.default
-        options = self.ndim, self.centered, self.weight_offset, self.activation, self.negative_slope, mask
-        return bwd(dy, dtotal, x, stats, weight, bias, residual, *options)
-
-    def differentiable(self, x, stats, weight, bias, residual, out_dtype):
-        options = self.ndim, self.centered, self.weight_offset, self.eps, self.activation, self.negative_slope, out_dtype
-        return reference.row_norm(x, weight, bias, residual, *options)
-
-    def view(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, math.prod(x.shape[-self.ndim :]), 1) if self.ndim else x.reshape(*x.shape[:2], -1)
-
-    def spread(self, values: Tensor, channels: int) -> Tensor:
-        return values.transpose(2, 3).squeeze(1)
-
-    def project(self, direct, value, x, x_hat, stats, want_dx=True):
-        bare = replace(self, ndim=2 if self.ndim else 0, activation="none", weight_offset=0.0)  # of (N, C, 1) or (N, C, S)
-        dx = bare.backward(direct, value, None, x, stats, None, None, None, [True, False, False, False])[0] if want_dx else None
-        return dx, value * x_hat, value
-
-    def cells(self, value: Tensor) -> Tensor:
-        return value
-
-    def mean(self, cells: Tensor, x: Tensor) -> Tensor:
-        return cells.mean(1, keepdim=True)
-
-
-Family = Groups | Rows
-
-
 # ---- the Functions ----
 
 
@@ -180,8 +84,8 @@ class GroupNorm(Function):
 
 def _group_forward(ctx, fwd, x, weight, bias, residual, given, options):
     y, stats = fwd(x, weight, bias, residual, given, *options)
-    ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if options[2] == "none" else residual)
-    ctx.family, ctx.direct = (Groups, (*options, given is not None)), fwd is ops.group_norm_fwd
+    ctx.save_for_backward(x, given if isinstance(given, Tensor) else stats, weight, bias, None if options[2] == "none" else residual)
+    ctx.family, ctx.direct = (Groups, (*options, given is not None)), fwd is launch.group_norm_fwd
     return y, stats
 
 
@@ -199,6 +103,24 @@ class GroupNormAndStats(GroupNorm):
         return GroupNorm.backward(ctx, dy)
 
 
+class BatchNorm(Function):
+    """y and the statistics, which have no gradient of their own. Statistics that are `given` are those of x all the same, and differentiated."""
+
+    @staticmethod
+    def forward(ctx, fwd, x, weight, bias, residual, given, options, running):  # options: from the group on those of batch_norm_fwd
+        y, stats = fwd(x, weight, bias, residual, given, *options, *(() if running is None else (running,)))
+        group, *others = options
+        ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if others[1] == "none" else residual)
+        ctx.family, ctx.direct = (Batch, (x.shape[1], *others, False, group)), fwd is launch.batch_norm_fwd
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        return y, stats
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None, None
+
+
 class RowNorm(Function):
     """Saves what GroupNorm saves."""
 
@@ -206,7 +128,7 @@ class RowNorm(Function):
     def forward(ctx, fwd, x, weight, bias, residual, options):  # options: the fields of Rows
         y, _, stats = fwd(x, None, weight, bias, residual, *options)
         ctx.save_for_backward(x, stats, weight, bias, None if options[4] == "none" else residual)
-        ctx.family, ctx.direct = (Rows, options), fwd is ops.row_norm_fwd
+        ctx.family, ctx.direct = (Rows, options), fwd is launch.row_norm_fwd
         return y
 
     @staticmethod
@@ -221,7 +143,7 @@ class AddRowNorm(Function):
     def forward(ctx, fwd, x, addend, weight, bias, options):
         y, total, stats = fwd(x, addend, weight, bias, None, *options)
         ctx.save_for_backward(total, stats, weight, bias, None)
-        ctx.family, ctx.direct = (Rows, options), fwd is ops.row_norm_fwd
+        ctx.family, ctx.direct = (Rows, options), fwd is launch.row_norm_fwd
         ctx.set_materialize_grads(False)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             ctx.mark_non_differentiable(total)
@@ -351,16 +273,63 @@ def _double_backward(family: Family, upstream, dy, x, stats, weight, bias, resid
     return [value if value is None else value.reshape(like.shape).to(like.dtype) for value, like in zip(grads, given, strict=True)]
 
 
+class BatchInstanceNorm(Function):
+    """Instance norm with vectors that depend on the statistics too: `reference.blend` of them. Their gradient joins that of instance norm."""
+
+    @staticmethod
+    def forward(ctx, x, rho, weight, bias, residual, given, eps, activation, negative_slope, out_dtype):
+        options = x.shape[1], eps, activation, negative_slope, out_dtype
+        stats = launch.group_norm_stats(x, x.shape[1], eps)
+        mean, std = _mean_and_std(stats)
+        scale, shift = reference.blend(mean, std, rho, weight, bias, given)
+        y, _ = launch.group_norm_fwd(x, scale, shift, residual, stats, *options)
+        ctx.mark_non_differentiable(mean, std)
+        ctx.save_for_backward(x, rho, weight, bias, None if activation == "none" else residual, given, stats, scale, shift)
+        ctx.options = options
+        return y, mean, std
+
+    @staticmethod
+    def backward(ctx, dy, *unused):
+        x, rho, weight, bias, residual, given, stats, scale, shift = ctx.saved_tensors
+        channels, eps, activation, negative_slope, _ = ctx.options
+        wanted = *ctx.needs_input_grad[:4], residual is not None and ctx.needs_input_grad[4]
+        dresidual = dy if residual is None and ctx.needs_input_grad[4] else None
+        if torch.is_grad_enabled():
+            roots: list = [value if value is None else value.view_as(value) for value in (x, rho, weight, bias, residual)]
+            x, rho, weight, bias, residual = roots
+            mean, std = Moments.apply(x, channels, eps)
+            vectors = reference.blend(mean, std, rho, weight, bias, given)
+            y = GroupNorm.apply(launch.group_norm_fwd, x, *vectors, residual, None, ctx.options)
+            found = iter(torch.autograd.grad(y, [root for root, of in zip(roots, wanted, strict=True) if of], dy, create_graph=True))
+            gradients = [next(found) if of else None for of in wanted]
+            return *gradients[:4], gradients[4] if wanted[4] else dresidual, *(None,) * 5
+        call = dy, x, stats, scale, shift, residual, channels
+        dscale, dshift = launch.norm_sums(launch.group_norm_bwd, *call, activation, negative_slope)
+        mean, std = _mean_and_std(stats)
+        dmean, dstd, *dvectors = reference.blend_gradients(mean, std, rho, weight, bias, given, dscale, dshift)
+        dx, dt = None, None
+        if wanted[0] or wanted[4]:
+            means = torch.stack((scale * dscale - std * dstd, scale * dshift - std * dmean)) / max(1, x.numel() // max(1, mean.numel()))
+            mask = wanted[0], False, False, wanted[4]
+            dx, _, _, dt = launch.group_norm_bwd(*call, True, activation, negative_slope, mask, means.to(stats.dtype))
+        return dx, *dvectors, dt if wanted[4] else dresidual, *(None,) * 5
+
+
+def _mean_and_std(stats: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64: all that the statistics know."""
+    mean, mean_lo, rstd = stats.double()
+    return mean + mean_lo, 1 / rstd
+
+
 class Moments(Function):
-    """Mean and std of groups; its backward is the forward kernel with given statistics."""
+    """Mean and std of groups, in float64. Its backward is the forward kernel with given statistics."""
 
     @staticmethod
     def forward(ctx, x, num_groups, eps):
-        stats = (ops.group_norm_stats if plain(x) else torch.ops.normops.group_norm_stats.default)(x, num_groups, eps)
+        stats = (launch.group_norm_stats if plain(x) else torch.ops.normops.group_norm_stats.default)(x, num_groups, eps)
         ctx.save_for_backward(x, stats)
         ctx.options = num_groups, eps
-        mean, mean_lo, rstd = stats
-        return mean + mean_lo, 1 / rstd
+        return _mean_and_std(stats)
 
     @staticmethod
     def backward(ctx, dmean, dstd):
@@ -369,9 +338,10 @@ class Moments(Function):
         if torch.is_grad_enabled():
             with torch.enable_grad():
                 root = x.view_as(x)
-                return *torch.autograd.grad(reference.moments(root, num_groups, eps), root, (dmean, dstd), create_graph=True), None, None
+                values = [value.double() for value in reference.moments(root, num_groups, eps)]
+                return *torch.autograd.grad(values, root, (dmean, dstd), create_graph=True), None, None
         channels = x.shape[1] // num_groups
         size = max(1, x.numel() // max(1, dmean.numel()))
         weight, bias = ((value / size).repeat_interleave(channels, 1) for value in (dstd, dmean))
-        fwd = ops.group_norm_fwd if plain(x, dmean, dstd) else torch.ops.normops.group_norm_fwd.default
+        fwd = launch.group_norm_fwd if plain(x, dmean, dstd) else torch.ops.normops.group_norm_fwd.default
         return fwd(x, weight, bias, None, stats, num_groups, eps, "none", 0.0, None)[0], None, None

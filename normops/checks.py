@@ -67,6 +67,20 @@ def _check_kind(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {value.device}")
 
 
+def check_running(op: str, x: Tensor, training: bool, flag: str, **statistics: Tensor | None) -> None:
+    """Running statistics are two vectors of channels or, where they are not what normalizes, none; what is updated has no gradient."""
+    for name, value in statistics.items():
+        if value is not None:
+            check_vector(op, name, value, x, x.shape[1:2])
+            if training and value.requires_grad:
+                raise ValueError(f"{op}: expected {name} without gradient, since it is updated in place, got one that requires grad")
+        elif not training:
+            raise ValueError(f"{op}: expected {name} when {flag} is False, got None")
+    given = [name for name, value in statistics.items() if value is not None]
+    if len(given) == 1:
+        raise ValueError(f"{op}: expected {' and '.join(statistics)} or neither, got {given[0]} alone")
+
+
 def check_group(
     op: str,
     x: Tensor,

@@ -22,20 +22,45 @@ def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channe
 
 
 def group_norm_bwd(
-    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen, activation, negative_slope
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, means, N, C, num_groups, channels_last, frozen, activation, negative_slope
 ) -> None:
     if dy.dtype != x.dtype:
         wide = _empty(dy.dtype, dx, dresidual)
         x, residual = _to(dy.dtype, x, residual)
         group_norm_bwd(
-            wide[0], dweight, dbias, wide[1], dy, x, stats, weight, bias, residual,
+            wide[0], dweight, dbias, wide[1], dy, x, stats, weight, bias, residual, means,
             N, C, num_groups, channels_last, frozen, activation, negative_slope,
         )  # fmt: skip
         return _copy((dx, dresidual), wide)
     _cpu_kernels().group_norm_bwd(
-        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias, C),
+        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias, C), _address(means),
         x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias, C),
         N, C, x.numel(), num_groups, activation, negative_slope, channels_last, stats.shape[1] if frozen else 0,
+    )  # fmt: skip
+
+
+def batch_norm_fwd(
+    y, stats, running_mean, running_var, x, weight, bias, residual, N, C, channels_last, momentum, eps, activation, negative_slope
+) -> None:
+    if y is not None and y.dtype != x.dtype:
+        x, residual = _to(y.dtype, x, residual)
+    _cpu_kernels().batch_norm_fwd(
+        _address(y), eps, momentum, *_parameter(running_mean, C)[:2], _address(running_var), False,
+        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), C, activation, negative_slope, channels_last,
+    )  # fmt: skip
+
+
+def batch_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, channels_last, activation, negative_slope) -> None:
+    if dy.dtype != x.dtype:
+        wide = _empty(dy.dtype, dx, dresidual)
+        x, residual = _to(dy.dtype, x, residual)
+        batch_norm_bwd(wide[0], dweight, dbias, wide[1], dy, x, stats, weight, bias, residual, N, C, channels_last, activation, negative_slope)
+        return _copy((dx, dresidual), wide)
+    _cpu_kernels().batch_norm_bwd(
+        _address(dx), _address(dresidual), dy.data_ptr(), *_parameters(dweight, dbias, C),
+        x.data_ptr(), _address(residual), stats.data_ptr(), DTYPES[x.dtype], *_parameters(weight, bias, C),
+        N, C, x.numel(), C, activation, negative_slope, channels_last, False,
     )  # fmt: skip
 
 
@@ -71,7 +96,7 @@ def row_norm_bwd(
     )  # fmt: skip
 
 
-# The everyday calls in as few steps as Python allows: contiguous x on the CPU, vectors of C. They answer None when anything is out of the ordinary.
+# The everyday calls in as few steps as Python allows: dense x on the CPU, vectors of C. They answer None when anything is out of the ordinary.
 # On small tensors the checks, the choice of a backend and the calls between them cost more than the arithmetic.
 
 
@@ -124,7 +149,7 @@ def _forward_at_once(x, weight, bias, saved, N, C, num_groups, centered, weight_
     stats = None
     stats_at = 0
     if saved is not None:
-        stats = x.new_empty(saved) if dtype in (0, 3) else x.new_empty(saved, dtype=torch.float32)
+        stats = x.new_empty(*saved) if dtype in (0, 3) else x.new_empty(*saved, dtype=torch.float32)  # arguments are parsed faster than a tuple
         stats_at = stats.data_ptr()
     inputs = (x.data_ptr(), 0, stats_at, dtype, *weight_at, *bias_at, N, C, numel, num_groups, activation, negative_slope)
     if centered is None and numel != N * C:
@@ -173,10 +198,88 @@ def _backward_at_once(dy, x, stats, weight, bias, N, C, num_groups, centered, we
     gradients = _address(dweight), *weight_at[1:], _address(dbias), *bias_at[1:]
     inputs = (x.data_ptr(), 0, stats.data_ptr(), dtype, *parameters, N, C, numel, num_groups, activation, negative_slope)
     if centered is None and numel != N * C:
-        _cpu_kernels().group_norm_bwd(_address(dx), 0, dy.data_ptr(), *gradients, *inputs, False, 0)
+        _cpu_kernels().group_norm_bwd(_address(dx), 0, dy.data_ptr(), *gradients, 0, *inputs, False, 0)
     else:
         _cpu_kernels().row_norm_bwd(_address(dx), 0, dy.data_ptr(), 0, *gradients, *inputs, centered is not False, weight_offset)
     return dx, dweight, dbias, None
+
+
+def batch_norm_fwd_at_once(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: int | None,
+    negative_slope: float,
+    frozen: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """``y`` and ``stats`` (4, 1, C) of ``(N, C, *spatial)`` x, contiguous or channels last, with the running statistics updated; `frozen`: ``y`` and
+    (3, 1, C) from the running statistics."""
+    last, dtype, numel = _channels_last(x), DTYPES.get(x.dtype), x.numel()
+    if last is None or dtype is None or activation is None or not eps >= 0 or not numel:
+        return None
+    shape = x.shape
+    N, C = shape[0], shape[1]
+    mean_at, var_at, weight_at, bias_at = _everyday(running_mean, C), _everyday(running_var, C), _everyday(weight, C), _everyday(bias, C)
+    if mean_at is None or var_at is None or weight_at is None or bias_at is None or mean_at[1] != var_at[1]:
+        return None
+    if (not mean_at[0] or not var_at[0]) if frozen else (numel == C or bool(mean_at[0]) != bool(var_at[0])):
+        return None
+    if residual is not None and (residual.dtype is not x.dtype or residual.shape != shape or _channels_last(residual) is not last):
+        return None
+    y = torch.empty_like(x)
+    count = 3 if frozen else 4
+    stats = x.new_empty(count, 1, C) if dtype in (0, 3) else x.new_empty(count, 1, C, dtype=torch.float32)
+    _cpu_kernels().batch_norm_fwd(
+        y.data_ptr(), eps, momentum, mean_at[0], mean_at[1], var_at[0], frozen, x.data_ptr(), _address(residual), stats.data_ptr(), dtype,
+        *weight_at, *bias_at, N, C, numel, C, activation, negative_slope, last,
+    )  # fmt: skip
+    return y, stats
+
+
+def batch_norm_bwd_at_once(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    mask,
+    frozen: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor | None, ...] | None:
+    """The backward of :func:`batch_norm_fwd_at_once`: dx, dweight, dbias, dresidual; None when anything is out of the ordinary."""
+    last, dtype, numel = _channels_last(x), DTYPES[x.dtype], x.numel()
+    if last is None or not numel or dy.dtype is not x.dtype or _channels_last(dy) is not last:
+        return None
+    N, C = x.shape[:2]
+    weight_at, bias_at = _everyday(weight, C), _everyday(bias, C)
+    if weight_at is None or bias_at is None or (residual is not None and _channels_last(residual) is not last):
+        return None
+    dx = torch.empty_like(x) if mask[0] else None
+    dweight = torch.empty_like(weight) if mask[1] and weight is not None else None
+    dbias = torch.empty_like(bias) if mask[2] and bias is not None else None
+    dresidual = torch.empty_like(x) if mask[3] else None
+    _cpu_kernels().batch_norm_bwd(
+        _address(dx), _address(dresidual), dy.data_ptr(), _address(dweight), *weight_at[1:], _address(dbias), *bias_at[1:],
+        x.data_ptr(), _address(residual), stats.data_ptr(), dtype, *weight_at, *bias_at, N, C, numel, C, activation, negative_slope, last, frozen,
+    )  # fmt: skip
+    return dx, dweight, dbias, dresidual
+
+
+def _channels_last(x: Tensor) -> bool | None:
+    """Whether ``(N, C, *spatial)`` x is channels last and not contiguous; None when it is neither."""
+    if x.is_contiguous():
+        return False if x.dim() > 1 else None
+    dims = x.dim()
+    if dims == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return True if dims == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) else None
 
 
 def _everyday(vector: Tensor | None, C: int) -> tuple[int, int, int] | None:

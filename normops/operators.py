@@ -3,20 +3,23 @@
 ``torch.func`` transforms and forward-mode AD use the differentiable reference; vmap folds its dimension into the samples.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from normops import checks, ops, reference
-from normops.autograd import AddRowNorm, GroupNorm, GroupNormAndStats, Moments, RowNorm, any_requires_grad, transforming
+from normops import checks, distributed, launch, ops, reference
+from normops.autograd import AddRowNorm, BatchNorm, GroupNorm, GroupNormAndStats, Moments, RowNorm, any_requires_grad, eager, transforming
 
 # ---- the differentiable calls. direct: past the dispatcher, for plain tensors ----
 
 # Function.apply without its Python half, which only serves functorch: that case never gets here
 _apply_group = super(Function, GroupNorm).apply
+_apply_batch = super(Function, BatchNorm).apply
 _apply_row = super(Function, RowNorm).apply
 
 
@@ -25,9 +28,9 @@ def group(direct: bool, x, weight, bias, residual, given, *options):
     if not direct and transforming():
         num_groups, eps, activation, negative_slope, out_dtype = options
         return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype, given)
-    fwd = ops.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
+    fwd = launch.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return _apply_group(fwd, x if x.is_contiguous() else ops.dense(x), weight, bias, residual, given, options)
+        return _apply_group(fwd, x if x.is_contiguous() else launch.dense(x), weight, bias, residual, given, options)
     return fwd(x, weight, bias, residual, given, *options, *((False,) if direct else ()))[0]
 
 
@@ -36,19 +39,53 @@ def group_and_stats(direct: bool, x, weight, bias, residual, *options):
     if not direct and transforming():
         y = group(False, x, weight, bias, residual, None, *options)
         return y, reference.statistics(x.detach(), options[0], options[1])
-    fwd = ops.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
+    fwd = launch.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return GroupNormAndStats.apply(fwd, ops.dense(x), weight, bias, residual, None, options)
+        return GroupNormAndStats.apply(fwd, launch.dense(x), weight, bias, residual, None, options)
     return fwd(x, weight, bias, residual, None, *options)
+
+
+def batch(direct: bool, x, weight, bias, residual, given, *options, running: launch.Running | None = None):
+    """y and the statistics (4 or 5, 1, C), unless they are given: options of ``batch_norm_fwd`` from the group on. Running statistics are
+    updated by direct calls only."""
+    if not direct and transforming():
+        group, eps, activation, negative_slope, out_dtype = options
+        if group is not None:
+            raise NotImplementedError("sync_batch_norm: expected no torch.func transform and no forward-mode derivative")
+        stats = reference.batch_statistics(x.detach(), eps) if given is None else None
+        return reference.batch_norm(x, weight, bias, eps, activation, negative_slope, residual, out_dtype), stats
+    fwd = launch.batch_norm_fwd if direct else _batch_norm_fwd
+    if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
+        return _apply_batch(fwd, x if x.is_contiguous() else launch.dense(x), weight, bias, residual, given, options, running)
+    return fwd(x, weight, bias, residual, given, *options, *((running,) if direct else ()))
+
+
+def _batch_norm_fwd(x, weight, bias, residual, given, group, eps, *options):
+    """The operator ``batch_norm_fwd``, but for the collective of a process group, which graphs show."""
+    fwd = torch.ops.normops.batch_norm_fwd.default
+    if group is None or given is not None:
+        return fwd(x, weight, bias, residual, given, group, eps, *options)
+    stats = torch.ops.normops.batch_norm_stats.default(x, None, 0.0)
+    stats = distributed.merged_statistics(stats, x.numel() // x.shape[1], eps, group)
+    return fwd(x, weight, bias, residual, stats, None, eps, *options)[0], stats
+
+
+def frozen(direct: bool, x, weight, bias, residual, mean, var, num_groups, eps, *options):
+    """y by statistics (C,) that do not depend on x."""
+    mean, var = mean.detach(), var.detach()
+    if direct:
+        return group(True, x, weight, bias, residual, (mean, var), num_groups, eps, *options)
+    given = launch.frozen_statistics(x, mean, var, eps)
+    return torch.ops.normops.group_norm_and_stats.default(x, weight, bias, residual, given, num_groups, eps, *options)[0]
 
 
 def row(direct: bool, x, weight, bias, residual, *options):
     """y of the kernels ``row_norm_fwd`` with options `Rows`."""
     if not direct and transforming():
         return reference.row_norm(x, weight, bias, residual, *options)
-    fwd = ops.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
+    fwd = launch.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return _apply_row(fwd, x if x.is_contiguous() else ops.dense_rows(x, options[0]), weight, bias, residual, options)
+        return _apply_row(fwd, x if x.is_contiguous() else launch.dense_rows(x, options[0]), weight, bias, residual, options)
     return fwd(x, None, weight, bias, residual, *options, *((False,) if direct else ()))[0]
 
 
@@ -57,17 +94,18 @@ def add_row(direct: bool, x, addend, weight, bias, *options):
     if not direct and transforming():
         total = x + addend
         return reference.row_norm(total, weight, bias, None, *options), total
-    fwd = ops.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
+    fwd = launch.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, addend, weight, bias):
-        return AddRowNorm.apply(fwd, ops.dense_rows(x, options[0]), addend, weight, bias, options)
+        return AddRowNorm.apply(fwd, launch.dense_rows(x, options[0]), addend, weight, bias, options)
     return fwd(x, addend, weight, bias, None, *options, *((False,) if direct else ()))[:2]
 
 
 def moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and ``sqrt(var + eps)`` (N, G) of groups, in the accumulation dtype."""
+    """Mean and ``sqrt(var + eps)`` (N, G) of groups, in float64."""
     if transforming():
-        return reference.moments(x, num_groups, eps)
-    return Moments.apply(ops.dense(x), num_groups, eps)
+        mean, std = reference.moments(x, num_groups, eps)
+        return mean.double(), std.double()
+    return Moments.apply(launch.dense(x), num_groups, eps)
 
 
 # ---- the differentiable operators ----
@@ -85,6 +123,12 @@ def _group_norm_and_stats(x, weight, bias, residual, given, *options):
     if given is None:
         return group_and_stats(False, x, weight, bias, residual, *options)
     return group(False, x, weight, bias, residual, given, *options), x.new_empty(0)
+
+
+def _batch_norm_and_stats(x, weight, bias, residual, given, *options):
+    """As ``batch_norm_fwd``, differentiable: statistics that are given are not returned."""
+    y, stats = batch(False, x, weight, bias, residual, given, *options)
+    return y, x.new_empty(0) if given is not None else stats
 
 
 def _row_norm(x, weight, bias, *, residual=None, **options):
@@ -159,7 +203,7 @@ def _group_norm_vmap(x, num_groups, weight=None, bias=None, eps=1e-5, *, residua
 
 def _row_vmap(call: Callable, ndim: int, full: tuple[Tensor, Tensor | None], vectors: tuple[Tensor | None, ...]):
     """The mapped dimension becomes the first of the rows'; mapped vectors are one for each of its indices."""
-    size = ops.row_length(full[0], ndim)
+    size = launch.row_length(full[0], ndim)
 
     def rule(batch, dims, *values):
         def folded(value, dim, whole):
@@ -191,22 +235,22 @@ def _add_row_norm_vmap(x, addend, weight, bias, *, ndim, **options):
 
 
 def _group_norm_fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None, **options):
-    return torch.empty_like(ops.dense(x), dtype=out_dtype)
+    return torch.empty_like(launch.dense(x), dtype=out_dtype)
 
 
 def _row_norm_fake(x, weight, bias, *, ndim, out_dtype, **options):
-    return torch.empty_like(ops.dense_rows(x, ndim), dtype=out_dtype)
+    return torch.empty_like(launch.dense_rows(x, ndim), dtype=out_dtype)
 
 
 def _add_row_norm_fake(x, addend, weight, bias, *, ndim, out_dtype, **options):
-    x = ops.dense_rows(x, ndim)
+    x = launch.dense_rows(x, ndim)
     return torch.empty_like(x, dtype=out_dtype), torch.empty_like(x)
 
 
 def _moments_fake(x, num_groups, eps):
     stats = ops.fake_stats(x, num_groups)
     mean, _, rstd = stats
-    return mean, torch.empty_like(rstd)
+    return torch.empty_like(mean, dtype=torch.float64), torch.empty_like(rstd, dtype=torch.float64)
 
 
 for _name, _kernel, _batched, _fake in (
@@ -215,9 +259,44 @@ for _name, _kernel, _batched, _fake in (
     ("add_row_norm", _add_row_norm, _add_row_norm_vmap, _add_row_norm_fake),
     ("group_norm_and_stats", _group_norm_and_stats, _group_norm_and_stats, ops.fake_group_norm_fwd),
     ("group_moments", moments, moments, _moments_fake),
+    ("batch_norm_and_stats", _batch_norm_and_stats, _batch_norm_and_stats, ops.fake_batch_norm_fwd),
 ):
     ops.lib.impl(_name, _kernel, "Autograd")
     ops.lib.impl(_name, _kernel, "CompositeExplicitAutograd")
     ops.lib.impl(_name, _batched, "FuncTorchBatched")
     torch.library.register_fake(f"normops::{_name}", _fake, lib=ops.lib)
 ops.lib.impl("group_norm", autocast_cuda("group_norm"), "AutocastCUDA")
+
+
+# ---- compositions of these ----
+
+Body = TypeVar("Body", bound=Callable)
+
+
+def public(schema: str, autocast: bool = True) -> Callable[[Body], Body]:
+    """Make a composition of differentiable operators an operator too, which stands for it wherever calls are traced."""
+
+    def decorate(body: Body) -> Body:
+        name = body.__name__
+        ops.define(f"{name}({schema}")
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
+            ops.lib.impl(name, body, key)
+        if autocast:
+            ops.lib.impl(name, autocast_cuda(name), "AutocastCUDA")
+        names = [key for key, value in inspect.signature(body).parameters.items() if value.kind == value.POSITIONAL_OR_KEYWORD]
+
+        @wraps(body)
+        def function(*args, **kwargs):
+            if eager():
+                return body(*args, **kwargs)
+            kwargs |= dict(zip(names, args, strict=False))
+            for key, value in kwargs.items():  # operators take no numbers for lists and tensors
+                if key == "normalized_shape" and isinstance(value, int):
+                    kwargs[key] = [value]
+                elif key in ("r_max", "d_max") and isinstance(value, int | float):
+                    kwargs[key] = torch.tensor(value, dtype=torch.float64)
+            return getattr(torch.ops.normops, name).default(*args[len(names) :], **kwargs)
+
+        return cast(Body, function)
+
+    return decorate

@@ -1,8 +1,8 @@
 """Normalization in plain PyTorch: the oracle of the tests, the backend of last resort and the rule for ``torch.func``.
 
 Everything is seen as ``(N, C, S)``: samples, channels, positions. What shares a statistic is a row of the `Sets.split` view: ``D = C/num_groups``
-channels and all positions of a sample (group norm, instance norm), or those channels at one position (layer norm, RMS norm). With ``x - mean``
-taken first and the mean kept as two numbers (``mean + mean_lo``)::
+channels and all positions of a sample (group norm, instance norm) or of all samples (batch norm), or those channels at one position (layer norm,
+RMS norm). With ``x - mean`` taken first and the mean kept as two numbers (``mean + mean_lo``)::
 
     x_hat = (x - mean - mean_lo) * rstd        rstd = 1 / sqrt(var + eps), var biased; RMS: mean = 0, var = mean(x^2)
     t     = x_hat * weight + bias (+ residual)
@@ -21,73 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SQRT_HALF = math.sqrt(0.5)
-SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-GELU_TANH_CUBIC = 0.044715
+from normops.activations import ACTIVATIONS, BY_CODE, CODES
+
 HUGE = 2.0**50  # deviations above this are scaled down before they are squared
-
-
-def _silu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    s = torch.sigmoid(t)
-    return t * s, s * (1 + t * (1 - s)), s * (1 - s) * (2 + t * (1 - 2 * s))
-
-
-def _gelu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    cdf = 0.5 * (1 + torch.erf(t * SQRT_HALF))
-    pdf = torch.exp(-0.5 * t * t) * INV_SQRT_2PI
-    return t * cdf, cdf + t * pdf, pdf * (2 - t * t)
-
-
-def _gelu_tanh(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    u = SQRT_2_OVER_PI * (t + GELU_TANH_CUBIC * t * t * t)
-    du = SQRT_2_OVER_PI * (1 + 3 * GELU_TANH_CUBIC * t * t)
-    th = torch.tanh(u)
-    e = torch.exp(-2 * u.abs())
-    sech2 = 4 * e / (1 + e).square()  # 1 - th*th without its cancellation
-    first = 0.5 * (1 + th) + 0.5 * t * sech2 * du
-    second = sech2 * du * (1 - t * th * du) + 0.5 * t * sech2 * (6 * GELU_TANH_CUBIC * SQRT_2_OVER_PI * t)
-    return 0.5 * t * (1 + th), first, second
-
-
-def _tanh(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.tanh(t)
-    return y, 1 - y * y, -2 * y * (1 - y * y)
-
-
-def _sigmoid(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.sigmoid(t)
-    return y, y * (1 - y), y * (1 - y) * (1 - 2 * y)
-
-
-def _relu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.relu(t), (t > 0).to(t.dtype), torch.zeros_like(t)
-
-
-def _leaky_relu(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.where(t > 0, t, t * slope), torch.where(t > 0, torch.ones_like(t), slope), torch.zeros_like(t)
-
-
-def _hardswish(t: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    inside = (t > -3) & (t < 3)
-    first = torch.where(inside, t / 3 + 0.5, (t >= 3).to(t.dtype))
-    return t * torch.clamp(t / 6 + 0.5, 0, 1), first, inside.to(t.dtype) / 3
-
-
-# name -> function of t and slope that gives (act, act', act'')
-ACTIVATIONS = {
-    "none": lambda t, slope: (t, torch.ones_like(t), torch.zeros_like(t)),
-    "relu": _relu,
-    "leaky_relu": _leaky_relu,
-    "silu": _silu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "tanh": _tanh,
-    "sigmoid": _sigmoid,
-    "hardswish": _hardswish,
-}
-CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # what the kernels call them
-_BY_CODE = tuple(ACTIVATIONS.values())
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -96,19 +32,25 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class Sets(NamedTuple):
-    """How elements of ``(N, C, S)`` share statistics: the groups of channels, for all positions together or for each."""
+    """How elements of ``(N, C, S)`` share statistics: the groups of channels, for all positions together or for each, of each sample or of all
+    (`batch`; every channel is a group then)."""
 
     num_groups: int = 1
     each_position: bool = False
     centered: bool = True
+    batch: bool = False
 
     def split(self, x: Tensor) -> Tensor:
-        """``(N, C, S)`` as rows ``(N, G, D*S)`` or ``(N, G, S, D)``."""
+        """``(N, C, S)`` as rows ``(N, G, D*S)``, ``(N, G, S, D)`` or ``(1, C, N*S)``."""
+        if self.batch:
+            return x.transpose(0, 1).flatten(1).unsqueeze(0)
         grouped = x.unflatten(1, (self.num_groups, x.shape[1] // self.num_groups))
         return grouped.transpose(2, 3) if self.each_position else grouped.flatten(2)
 
     def join(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `split`."""
+        if self.batch:
+            return rows.reshape(shape[1], shape[0], shape[2]).transpose(0, 1)
         return (rows.transpose(2, 3) if self.each_position else rows).reshape(shape)
 
 
@@ -139,8 +81,8 @@ def over(vectors: Tensor, x: Tensor) -> Tensor:
 
 def folded(sums: Tensor, vectors: Tensor) -> Tensor:
     """The gradient of `vectors` from sums per sample and channel: the adjoint of `over`."""
-    channels = sums.shape[1]
-    return sums.reshape(vectors.numel() // channels, -1, channels).sum(1).reshape(vectors.shape)
+    rows = vectors.numel() // sums.shape[1]
+    return sums.unflatten(0, (rows, len(sums) // max(1, rows))).sum(1).reshape(vectors.shape)
 
 
 def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, weight_offset: float = 0.0) -> Tensor:
@@ -220,6 +162,95 @@ def group_norm(
     return y.reshape(x.shape)
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`norm` of ``(N, C, *spatial)``, a row being a channel of all samples."""
+    if x.numel() == 0:
+        return x.to(out_dtype or x.dtype, copy=True)
+    y = norm(
+        positions(x), Sets(x.shape[1], batch=True), weight, bias, None if residual is None else positions(residual), None,
+        eps=eps, activation=activation, negative_slope=negative_slope, out_dtype=out_dtype,
+    )  # fmt: skip
+    return y.reshape(x.shape)
+
+
+def batch_statistics(x: Tensor, eps: float) -> Tensor:
+    """What ``batch_norm_stats`` gives: (4, 1, C)."""
+    x = positions(x)
+    sets = Sets(x.shape[1], batch=True)
+    _, *found = normalize(x, sets, eps)
+    return torch.stack([value.squeeze(-1) for value in (*found, _unbiased(x, sets).to(found[0].dtype))])
+
+
+def _unbiased(x: Tensor, sets: Sets) -> Tensor:
+    """The unbiased variance of rows, 0 of a single value."""
+    rows = sets.split(x.double())
+    d = rows - rows.mean(-1, keepdim=True)
+    return d.square().sum(-1, keepdim=True) / max(1, rows.shape[-1] - 1)
+
+
+def blend(mean: Tensor, std: Tensor, rho: Tensor, weight: Tensor | None, bias: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The vectors (N, C) that turn instance norm, with these mean and std = sqrt(var + eps) (N, C), into batch-instance norm::
+
+        (rho*x_B + (1 - rho)*x_I) * weight + bias        x_B = x_I * std/std_B + (mean - mean_B)/std_B
+
+    Batch mean and std are `given` (2, C), or follow from those of instances: ``std_B^2 = mean(std^2) + mean((mean - mean_B)^2)``.
+    """
+    mean_b, std_b = batch_moments(mean, std, given)
+    rho = rho.to(mean.dtype)
+    gain = rho / std_b
+    scale, shift = gain * std + (1 - rho), gain * (mean - mean_b)
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    return scale, shift if bias is None else shift + bias
+
+
+def batch_moments(mean: Tensor, std: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and std of the batch: `given`, or from those of its instances."""
+    if given is not None:
+        return given[0], given[1]
+    mean_b = mean.mean(0)
+    return mean_b, (std.square().mean(0) + (mean - mean_b).square().mean(0)).sqrt()
+
+
+def blend_gradients(mean, std, rho, weight, bias, given, dscale, dshift):
+    """The gradients of `blend` for mean, std, rho, weight and bias."""
+    mean_b, std_b = batch_moments(mean, std, given)
+    dtype, rho = rho.dtype, rho.to(mean.dtype)
+    deviation, gain = mean - mean_b, rho / std_b
+    scale, shift = gain * std + (1 - rho), gain * deviation
+    dweight = None if weight is None else folded(dscale * scale + dshift * shift, weight).to(weight.dtype)
+    dbias = None if bias is None else folded(dshift, bias).to(bias.dtype)
+    if weight is not None:
+        dscale, dshift = dscale * weight, dshift * weight
+    along = dscale * std + dshift * deviation
+    drho = (along / std_b - dscale).sum(0).to(dtype)
+    dmean, dstd = dshift * gain, dscale * gain
+    if given is None:
+        dstd_b = -along.sum(0) * gain / std_b / (std_b * len(mean))
+        dmean = dmean - dmean.mean(0) + dstd_b * deviation
+        dstd = dstd + dstd_b * std
+    return dmean, dstd, drho, dweight, dbias
+
+
+def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
+    """``running += momentum * (value - running)`` in place, rounded once to the buffers' dtype."""
+    for running, value in ((running_mean, mean), (running_var, var)):
+        dtype = accumulator(running.dtype)
+        if running.dtype == dtype:
+            running.lerp_(value.to(dtype), momentum)
+        else:
+            running.copy_(torch.lerp(running.to(dtype), value.to(dtype), momentum))
+
+
 def row_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -245,12 +276,13 @@ def row_norm(
 
 
 def saved_x_hat(x: Tensor, stats: Tensor, sets: Sets) -> tuple[Tensor, Tensor]:
-    """The rows of ``x_hat`` from the statistics of the forward pass (``(3, N or 1, ...)``, RMS ``(1, N, ...)``), and ``rstd``."""
+    """The rows of ``x_hat`` from the statistics of the forward pass (``(3 or more, N or 1, ...)``, RMS ``(1, N, ...)``), and ``rstd``."""
     rows = sets.split(x.to(stats.dtype))
-    samples = 1 if stats.numel() < stats.shape[0] * rows[..., 0].numel() else rows.shape[0]
+    samples = 1 if stats[0].numel() < math.prod(rows.shape[:-1]) else rows.shape[0]
     stats = stats.reshape(stats.shape[0], samples, *rows.shape[1:-1], 1)
-    d = rows - stats[0] - stats[1] if sets.centered else rows
-    return d * stats[-1], stats[-1]
+    if not sets.centered:
+        return rows * stats[0], stats[0]
+    return (rows - stats[0] - stats[1]) * stats[2], stats[2]
 
 
 # ---- the backend: dense memory, (N, C, S) or with channels_last (N, S, C) ----
@@ -273,17 +305,17 @@ def _forward(y, stats, x, weight, bias, residual, sets, frozen, weight_offset, e
             for saved, value in zip(stats, moments if sets.centered else moments[2:], strict=True):
                 saved.view(-1).copy_(value.flatten())
     if y is not None:
-        y.copy_(_BY_CODE[activation](affine(x_hat, weight, bias, residual, weight_offset), negative_slope)[0])
+        y.copy_(BY_CODE[activation](affine(x_hat, weight, bias, residual, weight_offset), negative_slope)[0])
 
 
 def _backward(
-    dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, sets, frozen, weight_offset, activation, negative_slope
+    dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, means, sets, frozen, weight_offset, activation, negative_slope
 ) -> None:
     rows, rstd = saved_x_hat(x, stats, sets)
     x_hat = sets.join(rows, x.shape)
     dt = dy.to(stats.dtype)
     if activation != CODES["none"]:
-        dt = dt * _BY_CODE[activation](affine(x_hat, weight, bias, residual, weight_offset), negative_slope)[1]
+        dt = dt * BY_CODE[activation](affine(x_hat, weight, bias, residual, weight_offset), negative_slope)[1]
     for out, value in ((dweight, dt * x_hat), (dbias, dt)):
         if out is not None:
             out.copy_(folded(value.contiguous().sum(2), out))
@@ -294,6 +326,9 @@ def _backward(
         if not frozen:
             rows = rows.contiguous()
             g = g - rows * (g * rows).mean(-1, keepdim=True) - (g.mean(-1, keepdim=True) if sets.centered else 0)
+        elif means is not None:
+            first, second = means.reshape(2, -1, g.shape[1], 1)
+            g = g - rows * first - second
         g = sets.join(rstd * g, x.shape)
         dx.copy_(g if dtotal is None else g + dtotal)
 
@@ -306,10 +341,30 @@ def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channe
 
 @torch.no_grad()
 def group_norm_bwd(
-    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, frozen, activation, negative_slope
+    dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, means, N, C, num_groups, channels_last, frozen, activation, negative_slope
 ) -> None:
     dx, dresidual, dy, x, residual = (_seen(value, N, C, channels_last) for value in (dx, dresidual, dy, x, residual))
-    _backward(dx, dweight, dbias, dresidual, dy, None, x, stats, weight, bias, residual, Sets(num_groups), frozen, 0.0, activation, negative_slope)
+    sets = Sets(num_groups)
+    _backward(dx, dweight, dbias, dresidual, dy, None, x, stats, weight, bias, residual, means, sets, frozen, 0.0, activation, negative_slope)
+
+
+@torch.no_grad()
+def batch_norm_fwd(
+    y, stats, running_mean, running_var, x, weight, bias, residual, N, C, channels_last, momentum, eps, activation, negative_slope
+) -> None:
+    y, x, residual = (_seen(value, N, C, channels_last) for value in (y, x, residual))
+    sets = Sets(C, batch=True)
+    _forward(y, stats[:3], x, weight, bias, residual, sets, False, 0.0, eps, activation, negative_slope)
+    stats[3].view(-1).copy_(_unbiased(x, sets).flatten())
+    if running_mean is not None:
+        update_running(running_mean.view(-1), running_var.view(-1), (stats[0] + stats[1]).view(-1), stats[3].view(-1), momentum)
+
+
+@torch.no_grad()
+def batch_norm_bwd(dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, channels_last, activation, negative_slope) -> None:
+    dx, dresidual, dy, x, residual = (_seen(value, N, C, channels_last) for value in (dx, dresidual, dy, x, residual))
+    sets = Sets(C, batch=True)
+    _backward(dx, dweight, dbias, dresidual, dy, None, x, stats, weight, bias, residual, None, sets, False, 0.0, activation, negative_slope)
 
 
 @torch.no_grad()
@@ -328,4 +383,6 @@ def row_norm_bwd(
 ) -> None:
     dx, dresidual, dy, dtotal, x, residual = (_seen(value, N, C) for value in (dx, dresidual, dy, dtotal, x, residual))
     sets = Sets(num_groups, True, centered)
-    _backward(dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, sets, False, weight_offset, activation, negative_slope)
+    _backward(
+        dx, dweight, dbias, dresidual, dy, dtotal, x, stats, weight, bias, residual, None, sets, False, weight_offset, activation, negative_slope
+    )

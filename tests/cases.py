@@ -9,8 +9,8 @@ import torch
 from oracle import ACTIVATIONS, COMPOSED, FLOOR, HALF, IN_PLACE, LAYOUTS, Case, Inputs, assert_layout, channels_last, check, composed, roundoff
 
 __all__ = [
-    "ACTIVATIONS", "ADAPTIVE", "CASES", "COMPOSED", "FLOOR", "HALF", "IN_PLACE", "KINDS", "LAYOUTS", "NORM_CASES", "Case", "Inputs", "assert_layout",
-    "case_of", "channels_last", "check", "composed", "grid", "roundoff",
+    "ACTIVATIONS", "ADAPTIVE", "BATCH", "CASES", "COMPOSED", "FLOOR", "HALF", "IN_PLACE", "KINDS", "LAYOUTS", "NORM_CASES", "Case", "Inputs",
+    "assert_layout", "case_of", "channels_last", "check", "composed", "grid", "roundoff",
 ]  # fmt: skip
 
 _f16, _bf16, _f32, _f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -256,11 +256,61 @@ def _any_layout(shape: tuple[int, ...], **fields) -> dict[str, Case]:
     return {layout: Case("layout", shape, 1, layout, activation="silu", **fields) for layout in LAYOUTS if layout not in skipped}
 
 
+# batch norm and batch renormalization; every case runs contiguous and channels last
+_BATCHES = {name: _CHANNELS[name] for name in ("1d", "2d", "3d", "S2", "C1", "C3", "C20", "C33", "C64", "C320", "C1030", "N1", "no_affine",
+            "long", "large_S", "NC", "modulation", "mixed", "narrow", "out_f32", "dy_scalar", "offset", "eps_zero", *_DTYPES)} | {
+    "resnet": Case("the last stage of a ResNet", (3, 128, 7, 7), residual="contiguous", activation="relu"),
+    "mobilenet": Case("an activation with two kinks", (2, 40, 12, 12), activation="hardswish"),
+    "two_values": Case("one sample of two positions: x_hat = +-1", (1, 24, 2)),
+    "many_samples": Case("many samples", (130, 24, 3), activation="silu"),
+    "large_planes": Case("large planes of odd length", (2, 21, 71, 67), residual="contiguous"),
+    "many_large_samples": Case("sums over samples and over long rows", (5, 2, 91, 190), activation="silu"),
+    "untracked": Case("no running statistics", (3, 6, 7, 5), tracked=False, activation="silu"),
+    "narrow_statistics": Case("running statistics in 16 bits", (4, 6, 5, 5), affine_dtype=_f16),
+    "wide_statistics": Case("running statistics in float64", (4, 6, 5, 5), affine_dtype=_f64),
+    "weight_NC_bias_C": Case("only weight per sample", (3, 6, 7, 4), weight="NC", activation="silu"),
+    "weight_C_bias_NC": Case("only bias per sample", (3, 6, 7, 4), bias="NC", residual="contiguous"),
+    "NC_alone": Case("weight per sample, no bias", (3, 33, 7, 4), weight="NC", bias=None, residual="contiguous", activation="relu"),
+    "NC_long": Case("vectors per sample over large planes", (2, 3, 131, 127), weight="NC", bias="NC", activation="silu"),
+    "NC_wide": Case("many vectors per sample", (5, 320, 3, 3), weight="NC", bias="NC", activation="silu"),
+    "small_values": Case("variance below eps", (3, 6, 4, 4), mean=0.0, std=1e-4),
+    "mean_10": Case("off centre, where torch still has digits", (3, 6, 9, 9), mean=20.0),
+}  # fmt: skip
+
+# the same without positions, where both orders are one
+_VECTORS = {
+    "rank2": Case("no spatial dimension", (9, 12), activation="silu"),
+    "S1": Case("one position", (6, 24, 1, 1), residual="contiguous", activation="relu"),
+    "two_samples": Case("two values: x_hat = +-1", (2, 40)),
+    "classifier": Case("after a linear layer", (128, 300), activation="relu"),
+    "tall": Case("more samples than a block", (5003, 6), activation="silu"),
+    "wide": Case("more channels than a block", (6, 4099)),
+    "odd": Case("odd channels", (33, 33), residual="contiguous", activation="gelu"),
+    "mixed": Case("parameters in another dtype", (40, 24), dtype=_bf16, affine_dtype=_f32, activation="silu"),
+    "out_f32": Case("16-bit x, float32 y", (40, 24), dtype=_f16, out_dtype=_f32),
+    "offset": Case("misaligned", (9, 64), "offset", dtype=_bf16),
+    "no_affine": Case("weight and bias absent", (9, 12), weight=None, bias=None),
+    "NC": Case("vectors per sample", (9, 12), weight="NC", bias="NC", activation="silu"),
+    "modulation": Case("scale and shift", (9, 12), scale=True, shift=True),
+    "f64": Case("float64", (40, 24), dtype=_f64, activation="silu"),
+    **{name: Case("layout", (9, 12), 1, name) for name in ("sliced", "transposed", "every_other_sample", "expanded_channels")},
+}
+
+# what is made of the kernels of batch and instance norm: renormalization, running statistics, batch-instance norm
+_MADE = {name: _BATCHES[name] for name in ("1d", "2d", "3d", "C20", "C33", "N1", "no_affine", "large_planes", "many_samples", "NC", "modulation",
+         "mixed", "out_f32", "dy_scalar", "offset", "narrow_statistics", *_DTYPES)}  # fmt: skip
+
 _IMAGES = {  # prefix -> cases, fields
     "instance": (_CHANNELS, {"norm": "instance_norm"}),
     "frozen": (_CHANNELS, {"norm": "instance_norm", "frozen": True}),
     "layer": (_ACROSS, {"norm": "layer_norm", "ndim": 0}),
     "rms": (_ACROSS, {"norm": "rms_norm", "ndim": 0}),
+    "batch": (_BATCHES, {"norm": "batch_norm"}),
+    "batch_eval": (_MADE, {"norm": "batch_norm", "frozen": True}),
+    "renorm": (_MADE, {"norm": "batch_renorm"}),
+    "renorm_eval": (_MADE, {"norm": "batch_renorm", "frozen": True}),
+    "blend": (_MADE, {"norm": "batch_instance_norm"}),
+    "blend_eval": (_MADE, {"norm": "batch_instance_norm", "frozen": True}),
 }
 _LAST = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 
@@ -268,10 +318,15 @@ NORM_CASES = {
     **{f"{prefix}_{name}_{order}": case for prefix, (cases, fields) in _IMAGES.items() for name, one in cases.items()
        for order, case in _images(one, **fields).items()},
     **{f"{prefix}_layout_{name}": case for prefix, (_, fields) in _IMAGES.items() for name, case in _any_layout((4, 6, 5, 8), **fields).items()},
+    **{f"{prefix}_{name}": replace(case, norm=norm) for prefix, norm in (("batch", "batch_norm"), ("renorm", "batch_renorm"))
+       for name, case in _VECTORS.items()},
     **{f"{norm}_{name}": replace(case, norm=norm, residual=case.residual or ("contiguous" if "add" in norm else None))
        for norm in _LAST for name, case in _ROWS.items()},
     "frozen_S1": Case("one position", (4, 24, 1, 1), norm="instance_norm", frozen=True, activation="silu"),
     "frozen_S1_NC": Case("one position, vectors per sample", (4, 24, 1), norm="instance_norm", frozen=True, weight="NC", bias="NC"),
+    "batch_eval_rank2": Case("no spatial dimension", (9, 12), norm="batch_norm", frozen=True, residual="contiguous", activation="relu"),
+    "blend_untracked": Case("no running statistics", (3, 6, 7, 5), norm="batch_instance_norm", tracked=False, activation="silu"),
+    "blend_positions": Case("two positions, one sample", (1, 24, 2), norm="batch_instance_norm"),
     "frozen_rank2": Case("no spatial dimension", (4, 24), norm="instance_norm", frozen=True, residual="contiguous", activation="silu"),
     "rms_eps_None": Case("float32's epsilon", (5, 24), norm="rms_norm", eps=None, mean=0.0, std=1e-4),
     "rms_eps_None_bf16": Case("float32's epsilon in 16 bits", (5, 24), norm="rms_norm", eps=None, mean=0.0, std=1e-4, dtype=_bf16),
@@ -297,6 +352,17 @@ KINDS = {
     "instance_norm_cl": {"norm": "instance_norm", "layout": "channels_last"},
     "frozen": {"norm": "instance_norm", "frozen": True},
     "frozen_cl": {"norm": "instance_norm", "frozen": True, "layout": "channels_last"},
+    "batch_norm": {"norm": "batch_norm"},
+    "batch_norm_cl": {"norm": "batch_norm", "layout": "channels_last"},
+    "batch_norm_nc": {"norm": "batch_norm"},
+    "batch_norm_conditional": {"norm": "batch_norm", "weight": "NC", "bias": "NC"},
+    "batch_norm_conditional_cl": {"norm": "batch_norm", "weight": "NC", "bias": "NC", "layout": "channels_last"},
+    "batch_norm_eval": {"norm": "batch_norm", "frozen": True},
+    "batch_renorm": {"norm": "batch_renorm"},
+    "batch_renorm_cl": {"norm": "batch_renorm", "layout": "channels_last"},
+    "batch_instance_norm": {"norm": "batch_instance_norm"},
+    "batch_instance_norm_cl": {"norm": "batch_instance_norm", "layout": "channels_last"},
+    "batch_instance_norm_eval": {"norm": "batch_instance_norm", "frozen": True},
     "layer_norm": {"norm": "layer_norm"},
     "layer_norm_cf": {"norm": "layer_norm", "ndim": 0},
     "layer_norm_cl": {"norm": "layer_norm", "ndim": 0, "layout": "channels_last"},
@@ -306,6 +372,7 @@ KINDS = {
     "add_layer_norm": {"norm": "add_layer_norm"},
     "add_rms_norm": {"norm": "add_rms_norm"},
 }
+BATCH = [kind for kind, fields in KINDS.items() if kind.startswith("batch") and not fields.get("frozen")]  # samples share statistics
 ADAPTIVE = {  # which has no parameters
     "adaptive_instance_norm": {"norm": "adaptive_instance_norm", "style": (3,)},
     "adaptive_instance_norm_cl": {"norm": "adaptive_instance_norm", "style": (3,), "layout": "channels_last"},
@@ -313,10 +380,13 @@ ADAPTIVE = {  # which has no parameters
 
 
 def case_of(kind: str, why: str, shape: tuple[int, ...], groups: int = 2, residual: bool = False, **fields) -> Case:
-    """The call of this kind nearest to a group norm of `shape`: rows over the last dimension have as many elements as its groups."""
+    """The call of this kind nearest to a group norm of `shape`: rows over the last dimension have as many elements as its groups, and of (N, C)
+    there are as many."""
     case = Case(why, shape, groups, residual="", **(KINDS | ADAPTIVE)[kind] | fields)
     if case.trailing:
         case = replace(case, shape=(shape[0], groups, math.prod(shape[1:]) // groups))
+    if kind.endswith("_nc"):
+        case = replace(case, shape=(shape[0] * math.prod(shape[2:]), shape[1]))
     return replace(case, residual=case.layout if residual or "add" in case.norm else None)
 
 

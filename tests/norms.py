@@ -20,12 +20,13 @@ IMAGE_LAYOUTS = ("contiguous", "channels_last")
 @dataclass(frozen=True)
 class Norm:
     function: Callable
-    op: str  # the pair that graphs hold: group or row
+    op: str  # the pair that graphs hold: group, batch or row
     normalized: Callable[[Tensor], Tensor]  # torch's x_hat
     settings: Callable[[Tensor], dict] = lambda x: {}
     row: tuple[int, ...] | None = None  # normalized_shape of (N, S, *row); None: 6 channels of (N, 6, H, W)
     others: tuple[str, ...] = ("weight", "bias", "residual", "scale", "shift")
     adds: bool = False  # residual is added before the norm, and the sum returned
+    stats: str | None = None  # the operator that gives statistics before: group_norm_stats, differentiated by fwd, or batch_norm_stats
 
     @property
     def fwd(self):
@@ -34,6 +35,15 @@ class Norm:
     @property
     def bwd(self):
         return getattr(torch.ops.normops, f"{self.op}_norm_bwd").default
+
+    @property
+    def forward_ops(self) -> list:
+        """What the forward graph holds."""
+        return [getattr(torch.ops.normops, self.stats).default, self.fwd] if self.stats else [self.fwd]
+
+    @property
+    def backward_ops(self) -> list:
+        return [self.bwd, self.fwd] if self.stats == "group_norm_stats" else [self.bwd]
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -47,8 +57,8 @@ class Norm:
         """The shapes of x and the others."""
         vector = self.row or (6,)
         x = (samples, 6, *spatial) if self.row is None else (samples, *spatial[:1], *vector)
-        shapes = {"weight": vector, "bias": vector, "residual": x, "scale": (samples, *vector), "shift": (samples, *vector), "style": (samples, 6, 7)}
-        return [x, *(shapes[name] for name in self.others)]
+        shapes = {"residual": x, "scale": (samples, *vector), "shift": (samples, *vector), "style": (samples, 6, 7)}
+        return [x, *(shapes.get(name, vector) for name in self.others)]
 
     def tensors(self, sizes=(2, 5, 4), layout: str = "contiguous", dtype=torch.float64, device="cpu", requires_grad: bool = True) -> list[Tensor]:
         shapes, values = self.sizes(*sizes), []
@@ -81,6 +91,8 @@ class Norm:
             t = self.normalized(x) * over((var + 1e-5).sqrt()) + over(mean)
         else:
             t = self.normalized(total)
+        if "rho" in given:
+            t = over(given["rho"]) * t + (1 - over(given["rho"])) * F.instance_norm(x)
         for name, combine in (
             ("weight", lambda t, weight: t * (weight + given.get("weight_offset", 0))),
             ("bias", torch.add),
@@ -104,13 +116,43 @@ def frozen(x: Tensor) -> dict:
     return running(x) | {"use_input_stats": False}
 
 
+def renorm(x: Tensor) -> dict:
+    """Running statistics and bounds by which some channels are clipped and others are not."""
+    mean, std = running(x).values()
+    return {"running_mean": mean, "running_std": std, "training": True, "r_max": x.new_full((), 1.5), "d_max": x.new_full((), 0.5)}
+
+
+def renormalized(x: Tensor) -> Tensor:
+    given = {name: value[(...,) + (None,) * (x.dim() - 2)] if value.dim() else value for name, value in renorm(x).items() if name != "training"}
+    var, mean = torch.var_mean(x.detach(), (0, *range(2, x.dim())), correction=0, keepdim=True)
+    std = (var + 1e-3).sqrt()
+    r = (std / given["running_std"]).clamp(1 / given["r_max"], given["r_max"])
+    d = ((mean - given["running_mean"]) / given["running_std"]).clamp(-given["d_max"], given["d_max"])
+    return F.batch_norm(x, None, None, training=True, eps=1e-3) * r + d
+
+
+def batch(x: Tensor) -> dict:
+    return running(x) | {"training": True}
+
+
+def by_batch(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
 _NO_BIAS = ("weight", "residual", "scale", "shift")
 NORMS = {
     "group_norm": Norm(normops.group_norm, "group", lambda x: F.group_norm(x, 3), lambda x: {"num_groups": 3}),
     "instance_norm": Norm(normops.instance_norm, "group", F.instance_norm),
     "instance_norm_tracked": Norm(normops.instance_norm, "group", F.instance_norm, running),
     "instance_norm_frozen": Norm(normops.instance_norm, "group", lambda x: F.instance_norm(x, **frozen(x)), frozen),
-    "adaptive_instance_norm": Norm(normops.adaptive_instance_norm, "group", F.instance_norm, others=("style", "residual")),
+    "adaptive_instance_norm": Norm(normops.adaptive_instance_norm, "group", F.instance_norm, others=("style", "residual"), stats="group_norm_stats"),
+    "batch_norm": Norm(normops.batch_norm, "batch", by_batch, batch),
+    "batch_norm_eval": Norm(normops.batch_norm, "group", lambda x: F.batch_norm(x, *running(x).values()), running),
+    "sync_batch_norm": Norm(normops.sync_batch_norm, "batch", by_batch, batch),  # of one worker
+    "batch_renorm": Norm(normops.batch_renorm, "batch", renormalized, renorm, stats="batch_norm_stats"),
+    "batch_instance_norm": Norm(
+        normops.batch_instance_norm, "group", by_batch, batch, None, ("rho", "weight", "bias", "residual", "scale", "shift"), stats="group_norm_stats"
+    ),
     "layer_norm": Norm(normops.layer_norm, "row", lambda x: F.layer_norm(x, (3, 4)), lambda x: {"normalized_shape": (3, 4)}, (3, 4)),
     "layer_norm_dim1": Norm(
         normops.layer_norm, "row", lambda x: F.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1), lambda x: {"normalized_shape": [6], "dim": 1}

@@ -9,7 +9,7 @@ For float64 the oracle is itself torch in float64. Its own error is taken to be 
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -92,7 +92,8 @@ class Case:
     norm: str = "group_norm"
     ndim: int = 1  # how many dimensions layer and RMS norm normalize; 0: dimension 1
     weight_offset: float = 0.0
-    frozen: bool = False  # instance norm by running statistics
+    frozen: bool = False  # instance and batch norms by running statistics
+    tracked: bool = True  # batch norms: with running statistics
     style: tuple[int, ...] | None = None  # positions of the style
     dtype: torch.dtype = torch.float32
     weight: str | None = "C"  # "C": as the norm has it; "NC": another one per sample; None
@@ -115,6 +116,11 @@ class Case:
         return self.norm.endswith(("layer_norm", "rms_norm"))
 
     @property
+    def batch(self) -> bool:
+        """Whether samples share statistics."""
+        return self.norm.startswith("batch") and not self.frozen
+
+    @property
     def trailing(self) -> int:
         """How many trailing dimensions are normalized; 0: weights belong to dimension 1."""
         return self.ndim if self.rows else 0
@@ -131,6 +137,10 @@ class Case:
             found["num_groups"] = self.groups
         if self.norm == "instance_norm":
             found["use_input_stats"] = not self.frozen
+        if self.norm.startswith("batch"):
+            found["training"] = not self.frozen
+        if self.norm == "batch_renorm":
+            found |= {"r_max": torch.tensor(1.2, dtype=torch.float64), "d_max": torch.tensor(0.2, dtype=torch.float64)}  # some channels reach them
         if self.rows:
             found |= {"normalized_shape": self.vector, "weight_offset": self.weight_offset}
             found |= {} if self.ndim else {"dim": 1}
@@ -140,7 +150,10 @@ class Case:
         """How many numbers are saved of them."""
         if self.rows:
             return math.prod(self.shape) // math.prod(self.vector) * (1 if "rms" in self.norm else 3)
-        return 3 * (1 if self.frozen else self.shape[0]) * (self.groups if self.norm == "group_norm" else self.shape[1])
+        if self.batch and self.norm != "batch_instance_norm":
+            return 4 * self.shape[1]
+        alike = self.frozen and self.norm != "batch_instance_norm"
+        return 3 * (1 if alike else self.shape[0]) * (self.groups if self.norm == "group_norm" else self.shape[1])
 
     def dense(self, x: Tensor) -> Tensor:
         """x in the memory order in which the kernels read it; where x is not dense, contiguous, or channels last if x's channels are adjacent."""
@@ -153,6 +166,8 @@ class Case:
         if self.rows:
             dims = tuple(range(-self.ndim, 0)) or 1
             return x.square().mean(dims, keepdim=True) if "rms" in self.norm else x.var(dims, correction=0, keepdim=True)
+        if self.norm.startswith("batch"):
+            return x.var((0, *range(2, x.dim())), correction=0, keepdim=True)
         groups = self.groups if self.norm == "group_norm" else self.shape[1]
         grouped = x.reshape(self.shape[0], groups, -1).var(2, correction=0).repeat_interleave(self.shape[1] // groups, 1)
         return grouped[(...,) + (None,) * (x.dim() - 2)]
@@ -163,6 +178,7 @@ class Result:
     y: Tensor
     gradients: dict[str, Tensor]
     total: Tensor | None = None  # input + residual, of add_layer_norm and add_rms_norm
+    running: dict[str, Tensor] = field(default_factory=dict)  # running statistics after the call
 
 
 @dataclass
@@ -182,6 +198,8 @@ class Inputs:
         vector = {"C": case.vector, "NC": (case.shape[0], *case.vector)}
         affine_dtype = case.affine_dtype or case.dtype
         tensors = {"x": random(case.shape, case.dtype, case.layout, case.mean, case.std)}
+        if case.norm == "batch_instance_norm":
+            tensors["rho"] = torch.rand(case.vector, dtype=torch.float64).to(affine_dtype).to(device)
         if case.norm == "adaptive_instance_norm":
             tensors["style"] = random((*case.shape[:2], *case.style), affine_dtype, mean=-1.0)
         elif case.weight:
@@ -200,21 +218,30 @@ class Inputs:
             dy = torch.empty_like(dense, dtype=dy.dtype).copy_(dy)
         dtotal = torch.empty_like(dense).copy_(random(case.shape, case.dtype)) if case.norm.startswith("add") else None
         running = ()
-        if case.frozen:
+        if case.frozen or case.norm.startswith("batch") and case.tracked:
             spread = case.std**2 * (0.5 + torch.rand(case.vector, dtype=torch.float64))
+            spread = spread.sqrt() if case.norm == "batch_renorm" else spread
             running = random(case.vector, affine_dtype, "contiguous", case.mean, case.std / 4), spread.to(affine_dtype).to(device)
         return cls(case, tensors, dy, dtotal, running)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Running statistics by name; those that a batch norm updates are copies."""
+        names = "running_mean", "running_std" if self.case.norm == "batch_renorm" else "running_var"
+        none = dict.fromkeys(names) if self.case.norm.startswith("batch") else {}
+        values = (torch.empty_like(value).copy_(value) for value in self.running) if self.case.batch else self.running
+        return none | dict(zip(names, values, strict=False))
+
     def call(self, function: Callable | None = None, **changed: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """What `function` gives, called as the norm, whose signature it has; the norm itself unless given."""
-        tensors = self.tensors | changed | dict(zip(("running_mean", "running_var"), self.running, strict=False))
+        tensors = self.tensors | self.buffers() | changed
         x = tensors.pop("x")
         return (function or getattr(normops, self.case.norm))(x, **tensors, **self.case.options())
 
     def run(self, function: Callable | None = None, wanted: tuple[str, ...] | None = None) -> Result:
         """The results of `call` and the gradients."""
         leaves = {name: value.detach().requires_grad_(wanted is None or name in wanted) for name, value in self.tensors.items()}
-        result = self.call(function, **leaves)
+        running = self.buffers()
+        result = self.call(function, **leaves, **running)
         y, total = result if isinstance(result, tuple) else (result, None)
         names = [name for name, leaf in leaves.items() if leaf.requires_grad]
         if total is None or not total.requires_grad:
@@ -222,7 +249,8 @@ class Inputs:
         else:
             results, gradients = [y, total], [self.dy, self.dtotal]
         found = torch.autograd.grad(results, [leaves[name] for name in names], gradients)
-        return Result(y.detach(), dict(zip(names, found, strict=True)), None if total is None else total.detach())
+        running = {name: value for name, value in running.items() if value is not None}
+        return Result(y.detach(), dict(zip(names, found, strict=True)), None if total is None else total.detach(), running)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Contiguous copies."""
@@ -285,6 +313,45 @@ def _adaptive_instance_norm(x, style, eps=1e-5, **fused):
     return _instance_norm(x, weight=(var + eps).sqrt(), bias=mean, eps=eps, **fused)
 
 
+def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, **fused):
+    # not F.batch_norm, for the reason that is given above
+    if training:
+        _update(x, running_mean, running_var, momentum, lambda var: var)
+        x_hat = _over_batch(x, eps)
+    else:
+        x_hat = _instance_norm(x, running_mean, running_var, use_input_stats=False, eps=eps)
+    return _fused(x, 0, x_hat, weight, bias, **fused)
+
+
+def _over_batch(x, eps):
+    channels = x.transpose(0, 1)
+    return torch.group_norm(channels.flatten(1).unsqueeze(0), len(channels), eps=eps).view(channels.shape).transpose(0, 1)
+
+
+@torch.no_grad()
+def _update(x, running_mean, running, momentum, of_var, correction=1):
+    if running_mean is not None:
+        var, mean = torch.var_mean(x.transpose(0, 1).flatten(1), 1, correction=correction)
+        running_mean.lerp_(mean, momentum)
+        running.lerp_(of_var(var), momentum)
+
+
+def _batch_renorm(x, running_mean, running_std, weight=None, bias=None, training=False, momentum=0.01, eps=1e-3, *, r_max=1.0, d_max=0.0, **fused):
+    if not training:
+        return _batch_norm(x, running_mean, running_std.square(), weight, bias, eps=0.0, **fused)
+    var, mean = torch.var_mean(x.detach().transpose(0, 1).flatten(1), 1, correction=0)
+    r = ((var + eps).sqrt() / running_std).clamp(1 / r_max, r_max)
+    d = ((mean - running_mean) / running_std).clamp(-d_max, d_max)
+    _update(x, running_mean, running_std, momentum, lambda var: (var + eps).sqrt(), correction=0)
+    return _fused(x, 0, _over_batch(x, eps) * over(r, x, 0) + over(d, x, 0), weight, bias, **fused)
+
+
+def _batch_instance_norm(x, running_mean, running_var, rho, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, **fused):
+    by_batch = _batch_norm(x, running_mean, running_var, training=training, momentum=momentum, eps=eps)
+    rho = over(rho, x, 0)
+    return _fused(x, 0, rho * by_batch + (1 - rho) * _instance_norm(x, eps=eps), weight, bias, **fused)
+
+
 def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5, *, dim=None, weight_offset=0.0, norm=F.layer_norm, **fused):
     def along(w, b):
         given = (w,) if norm is F.rms_norm else (w, b)
@@ -306,6 +373,9 @@ COMPOSED = {
     "group_norm": composed,
     "instance_norm": _instance_norm,
     "adaptive_instance_norm": _adaptive_instance_norm,
+    "batch_norm": _batch_norm,
+    "batch_renorm": _batch_renorm,
+    "batch_instance_norm": _batch_instance_norm,
     "layer_norm": _layer_norm,
     "rms_norm": partial(_layer_norm, norm=F.rms_norm),
     "add_layer_norm": partial(_added, norm=F.layer_norm),
@@ -323,17 +393,23 @@ def magnitudes(inputs: Inputs) -> dict[str, float]:
     t = wide.tensors
     x = t["x"] + t["residual"] if "add" in case.norm else t["x"]
     eps = torch.finfo(accumulator(case.dtype)).eps if case.eps is None else case.eps
-    square = over(wide.running[1], x, 0) if wide.running else case.square(x)
+    rstd = (case.square(x) + eps).rsqrt()
+    if case.frozen:
+        rstd = over(1 / wide.running[1] if case.norm == "batch_renorm" else (wide.running[1] + eps).rsqrt(), x, 0)
+    if "rho" in t:
+        rho = over(t["rho"], x, 0)
+        rstd = rho * rstd + (1 - rho) * (replace(case, norm="instance_norm").square(x) + eps).rsqrt()
     slope = over(t["weight"] + case.weight_offset, x, case.trailing) if "weight" in t else torch.ones_like(x)
     slope = slope * (1 + over(t["scale"], x, case.trailing)) if "scale" in t else slope
-    of_x = (slope * wide.dy / (square + eps).sqrt()).abs().max().item()
+    of_t = slope * wide.dy
+    of_x = (of_t * rstd).abs().max().item()
     if wide.dtotal is not None:
         of_x = max(of_x, wide.dtotal.abs().max().item())
     found = {"x": of_x, "residual": of_x if "add" in case.norm else 0.0}
-    for name in {"weight", "bias", "scale", "shift"} & t.keys():
+    for name in {"weight", "bias", "scale", "shift", "rho"} & t.keys():
         # x_hat and dt*x_hat are sums too where they vanish: a group of equal values. A sum of n terms is as large as sqrt(n), but by chance
-        terms = wide.dy.numel() / max(1, t[name].numel())
-        found[name] = max(wide.dy.abs().max().item(), terms**0.5 * wide.dy.square().mean().sqrt().item())
+        terms, count = of_t if name == "rho" else wide.dy, wide.dy.numel() / max(1, t[name].numel())
+        found[name] = max(terms.abs().max().item(), count**0.5 * terms.square().mean().sqrt().item())
     return found
 
 
@@ -357,12 +433,14 @@ def check(got: Result, inputs: Inputs, factor: float = 2) -> None:
         assert gradient.shape == inputs.tensors[name].shape, f"d{name}: shape {tuple(gradient.shape)}"
         dtype = inputs.tensors[name].dtype
         tensors.append((f"d{name}", gradient, want.gradients[name], theirs.gradients[name], exact.gradients[name], dtype))
+    for (name, value), given in zip(got.running.items(), inputs.running, strict=True):
+        tensors.append((name, value, want.running[name], theirs.running[name], exact.running[name], given.dtype))
     failures = []
     for name, mine, oracle, other, other_oracle, dtype in tensors:
         assert mine.dtype == dtype, f"{name}: dtype {mine.dtype}"
         error = (mine.double() - oracle).abs().max().item()
         loss = (other.to(dtype if own != torch.float64 else other.dtype).double() - other_oracle).abs().max().item() * ratio
-        magnitude = max(oracle.abs().max().item(), largest.get(name[1:], 0.0) if name != "y" else 0.0)
+        magnitude = max(oracle.abs().max().item(), largest.get(name[1:], 0.0))
         # an output wider than what it was computed in is no better than that
         unit = max(roundoff(dtype), roundoff(own))
         tiny = torch.finfo(dtype).smallest_normal * unit

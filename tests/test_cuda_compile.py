@@ -116,7 +116,7 @@ class Call:
     """The arguments of a pair of functions. The first field says why it is here."""
 
     why: str
-    op: str  # group_norm or row_norm
+    op: str  # group_norm, batch_norm or row_norm
     N: int
     C: int
     S: int = 1
@@ -133,14 +133,20 @@ class Call:
     aligned: bool = True  # tensors begin where vector loads may
     channels_last: bool = False
     frozen: int = 0  # samples of the given statistics
+    means: bool = False  # given too
+    running: torch.dtype | None = None
     centered: bool = True
     weight_offset: float = 0.0
     adds: bool = False
 
     @property
     def options(self) -> tuple:
-        """num_groups and what stands between it and eps."""
-        return (self.G, self.channels_last, bool(self.frozen)) if self.op == "group_norm" else (self.G, self.centered, self.weight_offset)
+        """What stands between C and eps or momentum."""
+        return {
+            "group_norm": (self.G, self.channels_last, bool(self.frozen)),
+            "batch_norm": (self.channels_last,),
+            "row_norm": (self.G, self.centered, self.weight_offset),
+        }[self.op]
 
     def inputs(self) -> dict[str, Tensor]:
         """Flat tensors: their shapes mean nothing."""
@@ -159,6 +165,10 @@ class Call:
         if self.frozen:
             mean = torch.randn(self.frozen * self.G, dtype=own)
             made["stats"] = torch.stack((mean, mean * 1e-3, torch.rand_like(mean) + 0.5))
+        if self.means:
+            made["means"] = torch.randn(2, self.frozen * self.G, dtype=own)
+        if self.running is not None:
+            made |= {"running_mean": random(self.C, self.running), "running_var": random(self.C, self.running, 9.0)}
         return made
 
 
@@ -166,8 +176,8 @@ GUARD = 32
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 
 
-def compute(functions, call: Call, given: dict[str, Tensor], wanted=GRADIENTS, save: bool = True) -> dict[str, Tensor]:
-    """What both functions write, which is NaN before; nothing is written beside it."""
+def compute(functions, call: Call, given: dict[str, Tensor], wanted=GRADIENTS, forward_wanted=("y", "stats")) -> dict[str, Tensor]:
+    """What both functions write, which is NaN before; nothing is written beside it. No backward without both results of forward."""
     guards, x, own = [], given["x"], accumulator(given["x"].dtype)
 
     def output(size: int, dtype: torch.dtype) -> Tensor:
@@ -179,23 +189,32 @@ def compute(functions, call: Call, given: dict[str, Tensor], wanted=GRADIENTS, s
         return output(given[name].numel(), given[name].dtype) if name in given else None
 
     stats = given.get("stats")
-    if stats is None and save:
-        each = call.N * call.G * (1 if call.op == "group_norm" else call.S)
-        stats = output((3 if call.centered else 1) * each, own).view(-1, each)
-    out = {"y": like("dy"), "stats": stats}
+    if stats is None and "stats" in forward_wanted:
+        rows, each = {
+            "group_norm": (3, call.N * call.G),
+            "batch_norm": (4, call.C),
+            "row_norm": (3 if call.centered else 1, call.N * call.G * call.S),
+        }[call.op]
+        stats = output(rows * each, own).view(rows, each)
+    out = {"y": like("dy") if "y" in forward_wanted else None, "stats": stats}
     parameters, code = (given.get("weight"), given.get("bias"), given.get("residual")), reference.CODES[call.activation]
     shape = (call.N, call.C, *call.options)
     forward, backward = getattr(functions, f"{call.op}_fwd"), getattr(functions, f"{call.op}_bwd")
+    means = ()
     if call.op == "group_norm":
+        means = (given.get("means"),)
         forward(out["y"], stats, x, *parameters, *shape, 1e-5, code, 0.2)
+    elif call.op == "batch_norm":
+        out |= {name: like(name) if name not in given else like(name).copy_(given[name]) for name in ("running_mean", "running_var")}
+        forward(out["y"], stats, out["running_mean"], out["running_var"], x, *parameters, *shape, 0.3, 1e-5, code, 0.2)
     else:
         out["total"] = like("addend")
         forward(out["y"], out["total"], stats, x, given.get("addend"), *parameters, *shape, 1e-5, code, 0.2)
         x = x if out["total"] is None else out["total"]
-    if save:
+    if "y" in forward_wanted and "stats" in forward_wanted:
         gradients = {f"d{name}": like(name) for name in ("x", "weight", "bias", "residual") if f"d{name}" in wanted}
-        upstream = (given["dy"],) if call.op == "group_norm" else (given["dy"], given.get("dtotal"))
-        backward(*(gradients.get(name) for name in GRADIENTS), *upstream, x, stats, *parameters, *shape, code, 0.2)
+        upstream = (given["dy"], given.get("dtotal")) if call.op == "row_norm" else (given["dy"],)
+        backward(*(gradients.get(name) for name in GRADIENTS), *upstream, x, stats, *parameters, *means, *shape, code, 0.2)
         out |= gradients
     for whole, behind, size in guards:
         assert (whole[:behind] == 12345).all() and (whole[behind + size :] == 12345).all(), "written outside"
@@ -219,7 +238,7 @@ def compare(got: dict[str, Tensor], call: Call, given: dict[str, Tensor]) -> Non
         theirs, oracle, ratio = compute(reference, call, narrow), compute(reference, call, wide(narrow)), unit / roundoff(torch.float32)
     dy = given["dy"].abs().max().item()
     slope = 1.0 if call.weight is None else (given["weight"].double() + call.weight_offset).abs().max().item()
-    terms = {"dx": exact["stats"][-1].max().item() * slope * dy, "dweight": dy, "dbias": dy}  # what is summed up
+    terms = {"dx": exact["stats"][-1 if call.op == "row_norm" else 2].max().item() * slope * dy, "dweight": dy, "dbias": dy}  # what is summed up
     for name, mine in got.items():
         assert not mine.isnan().any(), f"{name}: not written"
         if name == "total":
@@ -242,6 +261,32 @@ CALLS = [
     Call("one position: samples are positions", "group_norm", 300, 16, 1, 16, frozen=1, dtype=_bf16, y_dtype=_f32),
     Call("one position, vectors for each sample", "group_norm", 5, 12, 1, 3, frozen=1, weight=5),
     Call("one position, statistics for each sample", "group_norm", 5, 12, 1, 3, frozen=5, dtype=_f64),
+    Call("given means", "group_norm", 3, 6, 32, 6, frozen=1, means=True),
+    Call("given means for each sample, odd rows", "group_norm", 2, 6, 35, 3, frozen=2, means=True, residual=True, bias=None),
+    Call("given means, channels last", "group_norm", 3, 16, 20, 4, channels_last=True, frozen=1, means=True, weight=3),
+    Call("given means, long rows in 16 bits", "group_norm", 2, 3, 5000, 3, frozen=1, means=True, dtype=_bf16, y_dtype=_f32),
+    Call("given means, one position: samples are positions", "group_norm", 300, 16, 1, 16, frozen=1, means=True, dtype=_f64, residual=True),
+    Call("channels", "batch_norm", 5, 6, 40, running=_f32),
+    Call("channels, all bare", "batch_norm", 5, 6, 40, weight=None, bias=None, activation="none"),
+    Call("channels of odd planes", "batch_norm", 9, 8, 49, running=_f64, residual=True, bias=None),
+    Call("channels of short planes", "batch_norm", 30, 12, 4, dtype=_bf16, vector_dtype=_f32, running=_bf16),
+    Call("channels of short planes, more than a block each", "batch_norm", 70, 2056, 3, running=_f32, residual=True),
+    Call("columns, far from zero", "batch_norm", 190, 8, 49, mean=1e4, std=1.0, running=_f32),
+    Call("columns of odd planes in 16 bits", "batch_norm", 130, 3, 147, dtype=_f16, y_dtype=_f32, running=_f16, residual=True),
+    Call("columns of double", "batch_norm", 70, 5, 100, dtype=_f64, running=_f32, weight=None),
+    Call("planes", "batch_norm", 7, 3, 2100, running=_f32, residual=True),
+    Call("odd planes in 16 bits, at odd addresses", "batch_norm", 5, 3, 5001, dtype=_bf16, running=_f32, aligned=False),
+    Call("one sample", "batch_norm", 1, 6, 300, running=_f32),
+    Call("one sample of long planes", "batch_norm", 1, 3, 20001, running=_f64, residual=True),
+    Call("one value", "batch_norm", 1, 20, 1, channels_last=True, running=_f32),
+    Call("one position", "batch_norm", 300, 40, 1, channels_last=True, running=_f32, dtype=_bf16),
+    Call("channels last", "batch_norm", 5, 24, 49, channels_last=True, running=_f32, residual=True),
+    Call("channels last, odd and more than a block each", "batch_norm", 300, 33, 30, channels_last=True, dtype=_f16, y_dtype=_f32, running=_f16),
+    Call("channels with vectors for each sample", "batch_norm", 5, 6, 40, weight=5, bias=5, running=_f32),
+    Call("channels with biases for each sample", "batch_norm", 7, 6, 30, weight=1, bias=7, vector_dtype=_f64, residual=True),
+    Call("planes with vectors for each sample", "batch_norm", 7, 3, 2100, weight=7, bias=1, running=_f32),
+    Call("channels last with vectors for each sample", "batch_norm", 6, 16, 21, channels_last=True, weight=6, bias=6, residual=True, running=_f32),
+    Call("one position with vectors for each sample", "batch_norm", 40, 16, 1, channels_last=True, weight=40, bias=None, dtype=_bf16),
     Call("rows", "row_norm", 7, 64),
     Call("rows, all bare", "row_norm", 7, 64, weight=None, bias=None, activation="none"),
     Call("rows of one element", "row_norm", 5, 1),
@@ -291,8 +336,9 @@ def test_emulated_outputs_alone(emulated, call: Call) -> None:
     for wanted in (*((name,) for name in names), *combinations(names, 2)):
         for name, value in compute(emulated, call, given, wanted).items():
             assert torch.equal(value, full[name]), f"{name}, when {wanted} are wanted"
-    if not call.frozen:
-        assert torch.equal(compute(emulated, call, given, save=False)["y"], full["y"])
+    for name in {"group_norm": ("y", "stats"), "batch_norm": ("stats",), "row_norm": ("y",)}[call.op] if not call.frozen else ():
+        for result, value in compute(emulated, call, given, forward_wanted=(name,)).items():
+            assert torch.equal(value, full[result]), f"{result}, when {name} is wanted"
 
 
 @pytest.fixture
@@ -322,18 +368,27 @@ def test_emulated_cases(emulation, name: str) -> None:
 
 
 # tests that run on every backend: those on what is most at risk in these kernels, and one value of each parameter
-LONG = (1, 18, 31, 33)  # groups and rows that are more than a block holds
+LONG = (2, 18, 31, 33)  # groups and rows that are more than a block holds
 PROPERTIES = {
     numerics.test_far_from_zero: {"kind": KINDS, "shape": LONG, "ratio": 1e4},
     numerics.test_constant_input_gives_bias: {"kind": numerics.CENTERED, "shape": (2, 6, 37, 40), "dtype": torch.float32},
     numerics.test_huge_and_tiny: {"kind": numerics.OWN, "shape": LONG, "magnitude": 1e30},
     numerics.test_one_outlier: {"kind": numerics.OWN, "shape": (1, 8, 40, 41), "where": 0},
     numerics.test_not_finite: {"kind": KINDS, "value": torch.nan, "where": (1, 5)},
-    norms.test_statistics: {"sets": ["group", "moments", "layer", "rms", "last"], "dtype": torch.float64, "layout": "channels_last"},
+    norms.test_statistics: {
+        "sets": ["group", "moments", "batch", "batch_moments", "layer", "rms", "last"],
+        "dtype": torch.float64,
+        "layout": "channels_last",
+    },
     norms.test_nothing_is_written_outside: {"kind": KINDS, "shape": (3, 35, 7, 3), "residual": True},
-    norms.test_backward_mask: {"op": ["group", "frozen", "last", "across", "added"], "activation": "silu"},
-    norms.test_each_gradient_alone: {"case": [ALL[name] for name in ("everything", "frozen_modulation_cl", "layer_modulation_cf")]},
-    norms.test_same_result_without_gradients: {"case": [ALL[name] for name in ("cl_C33", "rms_modulation_cf", "add_layer_norm_mixed")]},
+    norms.test_channels_do_not_meet: {"kind": [kind for kind in KINDS if "batch" in kind], "shape": (2, 6, 9, 11)},
+    norms.test_backward_mask: {"op": ["group", "frozen", "batch", "conditional", "last", "across", "added"], "activation": "silu"},
+    norms.test_each_gradient_alone: {
+        "case": [ALL[name] for name in ("everything", "frozen_modulation_cl", "batch_odd", "batch_modulation_cl", "layer_modulation_cf")]
+    },
+    norms.test_same_result_without_gradients: {
+        "case": [ALL[name] for name in ("cl_C33", "batch_NC_cl", "batch_2d_cf", "rms_modulation_cf", "add_layer_norm_mixed")]
+    },
 }
 VARIED = [(body, {**options, name: value}) for body, options in PROPERTIES.items() for name, values in options.items()
           if isinstance(values, list | dict) for value in values]  # fmt: skip

@@ -1,4 +1,5 @@
-"""The README and the examples run; the demo's two networks learn the same, and a styled picture has the statistics of the style."""
+"""The README and the examples run; the demo's two networks learn the same, three workers learn what one does, and a styled picture has the
+statistics of the style."""
 
 import os
 import re
@@ -28,6 +29,20 @@ def test_digits(tmp_path):
         assert row in text
     (difference,) = re.findall(r"largest relative difference\s+(\S+)", text)
     assert float(difference) < 1e-4  # float32, through ten norms and their convolutions
+
+
+def test_train_ddp():
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    script = "examples/train_ddp.py", "--epochs", "2", "--dtype", "float64"
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"
+    losses = []
+    for command, name in ((script, "1 worker"), ((*launcher, *script), "3 workers")):
+        text = run(*command)
+        assert f" {name} " in text
+        losses.append(re.findall(r"loss, epoch \d+ +(\S+) +(\S+)", text))
+        (difference,) = re.findall(r"largest difference of the losses +(\S+)", text)
+        assert float(difference) < 1e-12  # float64, and a loss of about 1
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_readme():

@@ -10,12 +10,22 @@ import normops
 from normops import backends
 
 IMAGE, SEQUENCE = (2, 6, 4), (2, 5, 6)
+
+
+def batch():
+    return {"x": torch.randn(IMAGE), "running_mean": torch.zeros(6), "weight": torch.randn(6), "bias": torch.randn(6), "training": True}
+
+
 FUNCTIONS = {  # right calls: the function and its arguments, of 6 channels or rows of 6
     "group_norm": (normops.group_norm, lambda: {"x": torch.randn(IMAGE), "num_groups": 3, "weight": torch.randn(6), "bias": torch.randn(6)}),
     "instance_norm": (normops.instance_norm, lambda: {
         "x": torch.randn(IMAGE), "running_mean": torch.zeros(6), "running_var": torch.ones(6), "weight": torch.randn(6), "bias": torch.randn(6)
     }),
     "adaptive_instance_norm": (normops.adaptive_instance_norm, lambda: {"x": torch.randn(IMAGE), "style": torch.randn(2, 6, 3)}),
+    "batch_norm": (normops.batch_norm, lambda: batch() | {"running_var": torch.ones(6)}),
+    "sync_batch_norm": (normops.sync_batch_norm, lambda: batch() | {"running_var": torch.ones(6)}),
+    "batch_renorm": (normops.batch_renorm, lambda: batch() | {"running_std": torch.ones(6)}),
+    "batch_instance_norm": (normops.batch_instance_norm, lambda: batch() | {"running_var": torch.ones(6), "rho": torch.rand(6)}),
     "layer_norm": (normops.layer_norm, lambda: {
         "x": torch.randn(SEQUENCE), "normalized_shape": [6], "weight": torch.randn(6), "bias": torch.randn(6)
     }),
@@ -125,6 +135,42 @@ DIM = {
     "normalized_shape": (lambda x, _: {"normalized_shape": [4]}, ValueError, r"dim=1 with normalized_shape \(6,\) .*, got dim=1 with \(4,\)"),
     "two_dimensions": (lambda x, _: {"normalized_shape": [6, 4]}, ValueError, r"dim=1 .*, got dim=1 with \(6, 4\)"),
 }
+
+
+def running(flag, second="running_var"):
+    """Running statistics that do not fit; `flag` False: those normalize."""
+    one = torch.ones(6)
+    return {
+        "running_mean_shape": (lambda x, _: {"running_mean": torch.zeros(5)}, ValueError, r"running_mean of shape \(6,\), got \(5,\)"),
+        "running_mean_samples": (lambda x, _: {"running_mean": torch.zeros(2, 6)}, ValueError, r"running_mean of shape \(6,\), got \(2, 6\)"),
+        "second_scalar": (lambda x, _: {second: torch.tensor(1.0)}, ValueError, rf"{second} of shape \(6,\), got \(\)"),
+        "second_dtype": (lambda x, _: {second: one.long()}, TypeError, f"{second} of dtype .*, got torch.int64"),
+        "running_mean_device": (lambda x, _: {"running_mean": one.to("meta")}, ValueError, "running_mean on x's device cpu, got meta"),
+        "running_mean_alone": (lambda x, _: {second: None}, ValueError, f"running_mean and {second}.*, got"),
+        "second_alone": (lambda x, _: {"running_mean": None}, ValueError, f"running_mean and {second}.*, got"),
+        "running_mean_requires_grad": (lambda x, _: {"running_mean": torch.zeros(6, requires_grad=True)}, ValueError, "running_mean .*grad"),
+        "second_requires_grad": (lambda x, _: {second: torch.ones(6, requires_grad=True)}, ValueError, f"{second} .*grad"),
+        "no_running_mean": (lambda x, _: {"running_mean": None, flag: False}, ValueError, f"running_mean when {flag} is False, got None"),
+        "no_second": (lambda x, _: {second: None, flag: False}, ValueError, f"{second} when {flag} is False, got None"),
+    }
+
+
+ONE_POSITION = {
+    "one_position": (lambda x, _: {"x": x[..., :1]}, ValueError, r"more than 1 position to compute statistics from, got .* \(2, 6, 1\)"),
+    "no_position": (lambda x, _: {"x": x[..., 0]}, ValueError, r"more than 1 position to compute statistics from, got .* \(2, 6\)"),
+}
+ONE_VALUE = {
+    "one_value": (lambda x, _: {"x": x[:1, :, :1]}, ValueError, r"more than 1 value per channel in training, got input of shape \(1, 6, 1\)"),
+    "one_sample": (lambda x, _: {"x": x[:1, :, 0]}, ValueError, r"more than 1 value per channel in training, got input of shape \(1, 6\)"),
+    "no_channels": (lambda x, _: {"x": torch.randn(2, 0, 4)}, ValueError, ".*, got"),
+}
+SINGLE = {
+    "on_single_value": (lambda x, _: {"on_single_value": "skip"}, ValueError, "on_single_value out of raise, running, got 'skip'"),
+    "on_single_value_without_statistics": (
+        lambda x, _: {"x": x[:1, :, :1], "on_single_value": "running", "running_mean": None, "running_var": None}, ValueError,
+        "running_mean .*single value per channel.*, got None",
+    ),
+}  # fmt: skip
 STYLE = r"style of shape \(2, 6, \*\), got"
 SPECIAL = {
     "group_norm": CHANNELS | {
@@ -135,20 +181,20 @@ SPECIAL = {
         "no_channels": (lambda x, _: {"x": torch.randn(2, 0, 4)}, ValueError, "num_groups .* channels 0, got 3"),
         "rank_1_with_scale": (lambda x, _: {"x": torch.randn(6), "scale": torch.randn(6)}, ValueError, r"x of shape \(N, C, .*, got \(6,\)"),
     },
-    "instance_norm": CHANNELS | {
-        "one_position": (lambda x, _: {"x": x[..., :1]}, ValueError, r"more than 1 position to compute statistics from, got .* \(2, 6, 1\)"),
-        "no_position": (lambda x, _: {"x": x[..., 0]}, ValueError, r"more than 1 position to compute statistics from, got .* \(2, 6\)"),
-        "running_mean_shape": (lambda x, _: {"running_mean": torch.zeros(5)}, ValueError, r"running_mean of shape \(6,\), got \(5,\)"),
-        "running_mean_samples": (lambda x, _: {"running_mean": torch.zeros(2, 6)}, ValueError, r"running_mean of shape \(6,\), got \(2, 6\)"),
-        "running_var_scalar": (lambda x, _: {"running_var": torch.tensor(1.0)}, ValueError, r"running_var of shape \(6,\), got \(\)"),
-        "running_var_dtype": (lambda x, _: {"running_var": torch.ones(6).long()}, TypeError, "running_var of dtype .*, got torch.int64"),
-        "running_mean_device": (lambda x, _: {"running_mean": torch.ones(6, device="meta")}, ValueError, "running_mean on x's device cpu, got meta"),
-        "running_mean_alone": (lambda x, _: {"running_var": None}, ValueError, "running_mean and running_var .*, got"),
-        "running_var_alone": (lambda x, _: {"running_mean": None}, ValueError, "running_mean and running_var .*, got"),
-        "running_mean_requires_grad": (lambda x, _: {"running_mean": torch.zeros(6, requires_grad=True)}, ValueError, "running_mean .*grad"),
-        "running_var_requires_grad": (lambda x, _: {"running_var": torch.ones(6, requires_grad=True)}, ValueError, "running_var .*grad"),
-        "no_running_mean": (lambda x, _: {"running_mean": None, "use_input_stats": False}, ValueError, "running_mean when .* False, got None"),
-        "no_running_var": (lambda x, _: {"running_var": None, "use_input_stats": False}, ValueError, "running_var when .* False, got None"),
+    "instance_norm": CHANNELS | ONE_POSITION | running("use_input_stats"),
+    "batch_norm": CHANNELS | ONE_VALUE | SINGLE | running("training"),
+    "sync_batch_norm": CHANNELS | ONE_VALUE | SINGLE | running("training"),
+    "batch_renorm": CHANNELS | ONE_VALUE | running("training", "running_std") | {
+        "no_statistics": (lambda x, _: {"running_mean": None, "running_std": None}, ValueError, "running_mean and running_std, got None"),
+        "r_max_shape": (lambda x, _: {"r_max": torch.ones(2)}, ValueError, r"r_max of one element, got shape \(2,\)"),
+        "d_max_shape": (lambda x, _: {"d_max": torch.ones(6)}, ValueError, r"d_max of one element, got shape \(6,\)"),
+    },
+    "batch_instance_norm": CHANNELS | ONE_POSITION | running("training") | {
+        "rho_shape": (lambda x, _: {"rho": torch.rand(5)}, ValueError, r"rho of shape \(6,\), got \(5,\)"),
+        "rho_samples": (lambda x, _: {"rho": torch.rand(2, 6)}, ValueError, r"rho of shape \(6,\), got \(2, 6\)"),
+        "rho_scalar": (lambda x, _: {"rho": torch.tensor(0.5)}, ValueError, r"rho of shape \(6,\), got \(\)"),
+        "rho_dtype": (lambda x, _: {"rho": torch.ones(6).long()}, TypeError, "rho of dtype .*, got torch.int64"),
+        "rho_device": (lambda x, _: {"rho": torch.ones(6, device="meta")}, ValueError, "rho on x's device cpu, got meta"),
     },
     "adaptive_instance_norm": CHANNELS | {
         "style_rank": (lambda x, _: {"style": torch.randn(6)}, ValueError, r".* of shape \(N, C, \*.*\), got \(6,\)"),
@@ -197,7 +243,7 @@ def test_wrong_calls(name, case, mode):
         call(name, operator=mode == "torch.ops", **changes)
     assert "\n" not in str(caught.value), "one sentence"
     for key, value in statistics.items():
-        assert torch.equal(value, torch.full((6,), float(key == "running_var"))), f"{key} was written"
+        assert torch.equal(value, torch.full((6,), float(key != "running_mean"))), f"{key} was written"
 
 
 @over_functions
@@ -222,6 +268,15 @@ def test_fake_kernels_check_too(name, case):
         call(name, operator=True, **fake)
 
 
+@pytest.mark.parametrize("name, value, least", [("r_max", 0.9, 1), ("r_max", float("nan"), 1), ("d_max", -0.1, 0), ("d_max", float("nan"), 0)])
+def test_wrong_bounds(name, value, least):
+    """Numbers are checked; those in tensors would have to be read from the device."""
+    statistics = torch.zeros(6), torch.ones(6)
+    with pytest.raises(ValueError, match=f"^batch_renorm: expected {name} >= {least}, got {value}$"):
+        normops.batch_renorm(torch.randn(IMAGE), *statistics, training=True, **{name: value})
+    assert not statistics[0].any() and statistics[1].eq(1).all()
+
+
 INTERNAL = {  # what graphs hold: the operator, its arguments, what it says
     "group_norm_fwd": ((torch.ones(IMAGE), torch.ones(5), None, None, None, 3, 1e-5, "none", 0.0, None), r"weight of shape .*, got \(5,\)"),
     "group_norm_bwd": (
@@ -229,6 +284,12 @@ INTERNAL = {  # what graphs hold: the operator, its arguments, what it says
         r"dy of shape \(2, 6, 4\), got \(2, 6, 5\)",
     ),
     "group_norm_stats": ((torch.ones(IMAGE), 4, 1e-5), "num_groups to divide the number of channels 6, got 4"),
+    "batch_norm_fwd": ((torch.ones(IMAGE), torch.ones(5), None, None, None, None, 1e-5, "none", 0.0, None), r"weight of shape .*, got \(5,\)"),
+    "batch_norm_bwd": (
+        (torch.ones(2, 6, 5), torch.ones(IMAGE), torch.ones(4, 1, 6), None, None, None, None, "none", 0.0, [True] * 4),
+        r"dy of shape \(2, 6, 4\), got \(2, 6, 5\)",
+    ),
+    "batch_norm_stats": ((torch.ones(6), None, 1e-5), r"x of shape \(N, C, \*spatial\), got \(6,\)"),
     "row_norm_fwd": ((torch.ones(IMAGE), torch.ones(IMAGE), None, None, None, 0, True, 0.0, 1e-5, "none", 0.0, None), "addend"),
     "row_norm_bwd": (
         (torch.ones(2, 6, 5), None, torch.ones(IMAGE), torch.ones(3, 12), None, None, None, 1, True, 0.0, "none", 0.0, [True] * 4),
@@ -268,6 +329,7 @@ def test_positional_and_keyword():
     for function, theirs, arguments in (
         (normops.group_norm, F.group_norm, (x, 3, w, w, 1e-3)),
         (normops.instance_norm, F.instance_norm, (x, w, w + 1, w, w, False, 0.1, 1e-3)),
+        (normops.batch_norm, F.batch_norm, (x, w, w + 1, w, w, False, 0.1, 1e-3)),
         (normops.layer_norm, F.layer_norm, (rows, (6,), w, w, 1e-3)),
         (normops.rms_norm, F.rms_norm, (rows, (6,), w, 1e-3)),
     ):
@@ -297,19 +359,24 @@ def test_one_number_as_normalized_shape():
 @over_functions
 def test_forced_backend_does_not_fall_back(name, other):
     """On CPU tensors: NotImplementedError with the backend and the reason, forward and backward; nothing is written."""
-    x, statistics = FUNCTIONS[name][1]()["x"].requires_grad_(), {}
-    if name == "instance_norm":
-        statistics = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
+    x = FUNCTIONS[name][1]()["x"].requires_grad_()
+    statistics = {key: value for key, value in FUNCTIONS[name][1]().items() if key.startswith("running")}
     y = call(name, x=x)
     y = y[0] if isinstance(y, tuple) else y
-    kernel = "group_norm" if name in ("group_norm", "instance_norm", "adaptive_instance_norm") else "row_norm"
+    kernel = (
+        "batch_norm"
+        if name in ("batch_norm", "sync_batch_norm", "batch_renorm")
+        else "row_norm"
+        if "layer" in name or "rms" in name
+        else "group_norm"
+    )
     with normops.backend(other):
         with pytest.raises(NotImplementedError, match=f"{kernel}_fwd: backend '{other}' .* cpu"):
             call(name, x=x, **statistics)
         with pytest.raises(NotImplementedError, match=f"{kernel}_bwd: backend '{other}' .* cpu"):
             y.sum().backward()
     assert x.grad is None
-    assert not statistics or (not statistics["running_mean"].any() and statistics["running_var"].eq(1).all())
+    assert all(torch.equal(value, torch.full((6,), float(key != "running_mean"))) for key, value in statistics.items())
     call(name, x=x)
 
 
@@ -346,9 +413,9 @@ def test_next_backend_runs_where_one_cannot(name, monkeypatch):
     monkeypatch.setattr(backends, "everyday", False)
     monkeypatch.setattr(backends, "_candidates", lambda *args: (refuses, lambda *args: calls.append(args)))
     call(name)
-    assert len(calls) == 1 + (name == "adaptive_instance_norm")
+    assert len(calls) == 1 + (name in ("adaptive_instance_norm", "batch_renorm", "batch_instance_norm")), "statistics, then the norm"
     monkeypatch.setattr(backends, "_candidates", lambda *args: (refuses, refuses))
-    with pytest.raises(NotImplementedError, match="(group|row)_norm_fwd: no backend can run this: not today; not today"):
+    with pytest.raises(NotImplementedError, match="(group|batch|row)_norm_fwd: no backend can run this: not today; not today"):
         call(name)
 
 

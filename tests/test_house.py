@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, docstrings, length of files."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 import re
@@ -15,8 +16,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for folder in ("normops", "kernels") for path in (ROOT / folder).rglob("*.py"))
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inc", ".cpp", ".cu", ".cuh"))
 # a module may import what stands after it; kernels lazily
-ORDER = ("nn", "functional", "operators", "autograd", "ops", "checks", "backends", "kernels", "cpu", "reference")
+ORDER = (
+    "nn", "functional", "operators", "autograd", "families", "ops", "launch", "distributed", "layout", "checks", "backends", "kernels", "cpu",
+    "reference", "activations",
+)  # fmt: skip
+PARTS = [importlib.import_module(f"normops.functional.{path.stem}") for path in FILES if path.parent.name == "functional" and path.stem[0] != "_"]
 FUNCTIONS = {name: value for name, value in vars(normops.functional).items() if inspect.isfunction(value) and name in normops.__all__}
+
+
+def module_of(path: pathlib.Path) -> str:
+    """What ORDER calls a file of normops: a package is one module."""
+    return path.relative_to(ROOT).with_suffix("").parts[1]
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -27,7 +37,7 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
     """Every module that a file imports, and whether it does so inside a function; also by importlib.import_module("...")."""
     tree = ast.parse(path.read_text())
     lazy = {id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(function)}
-    package = path.parent.name if path.parent != ROOT / "kernels" else "normops.kernels"
+    package = ".".join(path.parent.relative_to(ROOT).parts) if path.parent != ROOT / "kernels" else "normops.kernels"
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -47,7 +57,8 @@ def imports(path: pathlib.Path) -> list[tuple[str, bool]]:
 def test_files_are_found():
     assert {"normops/ops.py", "kernels/__init__.py"} <= {name_of(path) for path in FILES}
     assert ("normops.kernels.", True) in imports(ROOT / "normops" / "backends.py"), "the walk sees import_module"
-    assert set(ORDER) <= {path.stem if path.parent.name == "normops" else path.parent.name for path in FILES}
+    modules = {module_of(path) if name_of(path).startswith("normops") else "kernels" for path in FILES}
+    assert set(ORDER) == modules - {"__init__", "__main__"}, "every module has its place"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -60,11 +71,11 @@ def test_imports_follow_the_arrows(path):
             allowed = parts[0] in ("torch", "triton") or parts[:2] == ["normops", "kernels"] or parts[0] in __import__("sys").stdlib_module_names
             assert allowed, f"{name}: kernels import torch, triton, themselves"
             assert parts[:2] != ["normops", "kernels"] or path.name == "__init__.py" or "from ." in path.read_text(), f"{name}: by a relative import"
-        if package == "normops" and parts[0] == "normops" and len(parts) > 1 and path.stem in ORDER:
-            target = parts[1] if parts[1] in ORDER else None
-            assert target is None or ORDER.index(target) > ORDER.index(path.stem), f"{path.stem} imports {name}: against the arrow"
+        if package == "normops" and parts[0] == "normops" and len(parts) > 1 and module_of(path) in ORDER:
+            own, target = module_of(path), parts[1] if parts[1] in ORDER else None
+            assert target in (None, own) or ORDER.index(target) > ORDER.index(own), f"{own} imports {name}: against the arrow"
             assert target != "kernels" or lazy, f"{name}: kernels are imported when they are asked for"
-            assert target != "kernels" or path.stem == "backends", f"{name}: only backends knows the kernels"
+            assert target != "kernels" or own == "backends", f"{name}: only backends knows the kernels"
         if package == "normops" and parts[0] == "triton":
             pytest.fail(f"{name}: only kernels import triton")
 
@@ -115,9 +126,12 @@ def test_public_names():
         value = getattr(normops, name)
         assert value.__doc__, name
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", normops.__version__)
-    public = {name for name, value in vars(normops.functional).items()
-              if inspect.isfunction(value) and value.__module__ == "normops.functional" and not name.startswith("_")}  # fmt: skip
-    assert public == FUNCTIONS.keys(), "what functional.py defines is what the package offers"
+    public = {name for part in PARTS for name, value in vars(part).items()
+              if inspect.isfunction(value) and value.__module__ == part.__name__ and not name.startswith("_")}  # fmt: skip
+    assert public == FUNCTIONS.keys() == set(normops.functional.__all__), "what normops.functional defines is what the package offers"
+    classes = {name for part in ("norms", "batch") for name, value in vars(getattr(normops.nn, part)).items()
+               if inspect.isclass(value) and value.__module__ == f"normops.nn.{part}" and not name.startswith("_")}  # fmt: skip
+    assert classes - {"Fused", "BatchRenorm", "BatchInstanceNorm"} <= set(normops.nn.__all__), "modules, but not what they are made of"
 
 
 def documentation(name: str) -> str:
@@ -136,7 +150,7 @@ def test_documented_signature(name):
     own, text = inspect.getdoc(FUNCTIONS[name]), documentation(name)
     for argument in inspect.signature(FUNCTIONS[name]).parameters:
         assert re.search(rf"\b{argument}\b", text), f"{argument} is not documented"
-    assert "Same as" in own or re.search(r"see `\w+`", own), "what torch computes it by"
+    assert re.search(r"Same as|No torch function|(see|is) `\w+`", own), "what torch computes it by"
     for pattern in ("Same as ``", "[Rr]aise", "arXiv", "variance"):
         assert re.search(pattern, text), pattern
 
@@ -149,6 +163,8 @@ def test_op_and_function_have_one_signature(name):
            for argument in schema.arguments]  # fmt: skip
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
     assert ops[1:] == [(parameter.name, parameter.default, parameter.kind == parameter.KEYWORD_ONLY) for parameter in parameters][1:]
+    written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    assert written == [argument.name for argument in schema.arguments if argument.name.startswith("running")], "running statistics, nothing else"
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if hasattr(torch.nn.functional, name)])

@@ -1,6 +1,7 @@
 """The modules of ``normops.nn`` in place of those of ``torch.nn``."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -11,13 +12,19 @@ from torch import nn
 
 import normops
 import normops.nn as ours
+from normops.nn.norms import Fused
 
 TRACKED = {"affine": True, "track_running_stats": True}
+NO_BIAS = [{"bias": False}] * ("bias" in inspect.signature(nn.BatchNorm1d).parameters)
+BATCH_OPTIONS = [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-3}]
 KINDS = {  # torch's class, positional arguments, the shape of an input, keywords to construct with
     "GroupNorm": (nn.GroupNorm, (4, 12), (2, 12, 5), [{}, {"affine": False}]),
     "InstanceNorm1d": (nn.InstanceNorm1d, (12,), (2, 12, 5), [{}, {"affine": True}, {"track_running_stats": True}, {"momentum": None} | TRACKED]),
     "InstanceNorm2d": (nn.InstanceNorm2d, (12,), (2, 12, 5, 4), [{}, {"momentum": 0.3} | TRACKED]),
     "InstanceNorm3d": (nn.InstanceNorm3d, (12,), (2, 12, 2, 5, 4), [{}, {"eps": 1e-3} | TRACKED]),
+    "BatchNorm1d": (nn.BatchNorm1d, (12,), (3, 12, 5), BATCH_OPTIONS + NO_BIAS),
+    "BatchNorm2d": (nn.BatchNorm2d, (12,), (2, 12, 5, 4), [*NO_BIAS, {"momentum": None}]),
+    "BatchNorm3d": (nn.BatchNorm3d, (12,), (2, 12, 2, 5, 4), [{}]),
     "LayerNorm": (nn.LayerNorm, ((5, 12),), (2, 3, 5, 12), [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 1e-3}]),
     "RMSNorm": (nn.RMSNorm, (12,), (2, 5, 12), [{}, {"elementwise_affine": False}, {"eps": 1e-3}]),
     "LayerNorm2d": (nn.LayerNorm, (12,), (2, 12, 5, 4), [{}, {"bias": False}]),
@@ -29,6 +36,7 @@ over_options = pytest.mark.parametrize(
 )
 INSTANCE = [kind for kind in KINDS if kind.startswith("Instance")]
 over_instance = pytest.mark.parametrize("kind", INSTANCE)
+over_batch = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("Batch")])
 
 
 def make(kind, **options):
@@ -90,7 +98,7 @@ def test_constructor_raises_as_torch_does():
 @over_options
 def test_state_dict_both_ways(kind, options):
     theirs, mine = randomized(make_theirs(kind, **options)), make(kind, activation="silu", **options)
-    if options.get("track_running_stats"):
+    if getattr(theirs, "running_mean", None) is not None:
         theirs(draw(kind, dtype=torch.float32))
     assert not any(mine.load_state_dict(theirs.state_dict()))
     same_state(mine.state_dict(), theirs.state_dict())
@@ -185,8 +193,8 @@ def test_keywords(kind, backend, device):
     theirs.load_state_dict(module.state_dict())
     x, residual = draw(kind, device), draw(kind, device)
     vector = getattr(module, "normalized_shape", (12,))
-    scale, shift = torch.randn(2, 2, *vector, device=device, dtype=torch.float64)
     samples, over = x.shape[0], vector if x.shape[-len(vector) :] == vector else (*vector, *[1] * (x.dim() - 2))
+    scale, shift = torch.randn(2, samples, *vector, device=device, dtype=torch.float64)
     scales, shifts = (value.reshape(samples, *[1] * (x.dim() - 1 - len(over)), *over) for value in (scale, shift))
     t = over_last(kind, theirs, x)
     torch.testing.assert_close(module(x), F.silu(t))
@@ -313,6 +321,95 @@ def test_running_statistics_far_from_zero(kind, backend, device):
     torch.testing.assert_close(module.running_mean.double(), exact.running_mean, rtol=1e-6, atol=0)
 
 
+# ---- batch norm's own ----
+
+
+@over_batch
+def test_ranks_are_checked_as_torch_does(kind):
+    """What torch takes is taken, what it refuses is refused in the same words."""
+    module, theirs = make(kind), make_theirs(kind)
+    for rank in range(1, 7):
+        x = torch.randn((3, 12, 2, 2, 2, 2)[:rank])
+        try:
+            want = theirs(x)
+        except ValueError as error:
+            with pytest.raises(ValueError) as caught:
+                module(x)
+            assert str(caught.value) == str(error)
+        else:
+            torch.testing.assert_close(module(x), want)
+    compare(module.state_dict().values(), theirs.state_dict().values())
+
+
+@over_batch
+def test_batch_norm_without_its_buffers(kind):
+    """Statistics taken away later: each batch normalizes itself, in evaluation too. And buffers that are set but not tracked are used in
+    evaluation only."""
+    x = draw(kind, dtype=torch.float32)
+    for tracked in (True, False):
+        modules = make(kind), make_theirs(kind)
+        for module in modules:
+            if tracked:
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+            else:
+                module.track_running_stats = False
+        for training in (True, False):
+            compare(*([module.train(training)(x)] for module in modules))
+            compare(*(module.state_dict().values() for module in modules))
+
+
+@over_batch
+def test_single_value_per_channel(kind, backend, device):
+    """Raises in training as torch's and changes nothing but torch's count; by the running statistics where that is asked for, which stay."""
+    x = torch.randn(1, 12, *[1] * (len(KINDS[kind][2]) - 2), device=device, requires_grad=True)
+    module, theirs = make(kind, device=device), make_theirs(kind, device=device)
+    for each in (module, theirs):
+        with pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel"):
+            each(x)
+    compare([module.running_mean, module.running_var], [theirs.running_mean, theirs.running_var], rtol=0, atol=0)
+    lenient = make(kind, on_single_value="running", device=device)
+    assert "on_single_value='running'" in repr(lenient)
+    lenient(draw(kind, device, torch.float32))
+    before = copy.deepcopy(lenient.state_dict())
+    y = lenient(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    same_state(lenient.state_dict(), before)
+    want = lenient.eval()(x)
+    assert torch.equal(y, want) and torch.equal(dx, torch.autograd.grad(want.square().sum(), x)[0])
+    with pytest.raises(ValueError, match="^batch_norm: expected on_single_value out of raise, running, got 'skip'"):
+        make(kind, on_single_value="skip", device=device)(x)
+
+
+@over_batch
+def test_old_batch_norm_checkpoints(kind):
+    """State without num_batches_tracked, from before torch 0.4.1."""
+    old = make_theirs(kind).state_dict()
+    del old["num_batches_tracked"]
+    old._metadata[""]["version"] = 1
+    module = make(kind)
+    assert not any(module.load_state_dict(old)) and module.num_batches_tracked == 0
+
+
+@over_batch
+def test_channels_last_and_16_bit_modules(kind, backend, device):
+    """A module in half precision, buffers too, on channels-last input: float64's results to a few roundoffs, the layout kept."""
+    shape = KINDS[kind][2]
+    for dtype in (torch.float16, torch.bfloat16):
+        module = randomized(make(kind, device=device)).to(dtype)
+        exact = make_theirs(kind, device=device, dtype=torch.float64)
+        exact.load_state_dict(module.state_dict())
+        x = torch.randn(shape, device=device, dtype=dtype)
+        if len(shape) > 3:
+            x = x.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)])
+        unit = torch.finfo(dtype).eps
+        for training in (True, False):
+            y = module.train(training)(x)
+            assert y.dtype == dtype and y.stride() == x.stride()
+            torch.testing.assert_close(y.double(), exact.train(training)(x.double()), rtol=unit, atol=2 * unit)
+            for name, value in module.named_buffers():
+                torch.testing.assert_close(value.double(), getattr(exact, name).double(), rtol=unit, atol=unit)
+
+
 # ---- models ----
 
 
@@ -379,6 +476,25 @@ class Volume(nn.Module):
         return F.leaky_relu(self.norm2(self.conv2(h)) + x)
 
 
+class ResNet(nn.Module):
+    """A bottleneck with batch norm: conv, norm, relu, and the skip added before the last of them."""
+
+    inputs = ((3, 3, 9, 7),)
+
+    def __init__(self, fused):
+        super().__init__()
+        kind = (lambda: ours.BatchNorm2d(8, activation="relu")) if fused else (lambda: nn.BatchNorm2d(8))
+        self.fused = fused
+        self.enter, self.conv1, self.conv2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.norm1, self.norm2 = kind(), kind()
+
+    def forward(self, x):
+        x = self.enter(x)
+        if self.fused:
+            return self.norm2(self.conv2(self.norm1(self.conv1(x))), residual=x)
+        return F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))) + x)
+
+
 class ConvNeXt(nn.Module):
     """Depthwise conv, layer norm over channels, two pointwise convs."""
 
@@ -440,7 +556,7 @@ class DiT(nn.Module):
         return x + self.mlp(self.norm2(x) * (1 + scale2[:, None]) + shift2[:, None])
 
 
-MODELS = [(model, layout) for model in (UNet, Volume, ConvNeXt) for layout in ("contiguous", "channels_last")]
+MODELS = [(model, layout) for model in (UNet, Volume, ResNet, ConvNeXt) for layout in ("contiguous", "channels_last")]
 MODELS += [(model, "contiguous") for model in (Transformer, DiT)]
 
 
@@ -456,7 +572,7 @@ def test_model(kind, layout, backend, device):
     x, *others = (torch.randn(shape, dtype=dtype, device=device) for shape in kind.inputs)
     x, seen = x.to(memory_format=memory_format), []
     for module in mine.modules():
-        if isinstance(module, ours._Fused):
+        if isinstance(module, Fused):
             module.register_forward_hook(lambda _, args, y: seen.append((args[0], y)))
     y, want = mine(x, *others), theirs(x, *others)
     torch.testing.assert_close(y, want, **tolerance)

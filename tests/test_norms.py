@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, COMPOSED, IN_PLACE, KINDS, LAYOUTS, NORM_CASES, Inputs, assert_layout, case_of, check, grid, roundoff
+from cases import BATCH, CASES, COMPOSED, IN_PLACE, KINDS, LAYOUTS, NORM_CASES, Inputs, assert_layout, case_of, check, grid, roundoff
 
 import normops
-from normops import backends, ops, reference
+from normops import backends, launch, reference
 from normops.reference import CODES
 
 ALL = CASES | NORM_CASES
+NAMES = ("x", "weight", "bias", "residual")  # of which kernels compute gradients
 
 
 def some(*names: str):
@@ -32,6 +33,8 @@ def test_case(case, backend, device, poison):
 
 @some(
     "rank4", "cl_C33", "long_group", "bfloat16", "bf16_out_f32", "instance_modulation_cl", "frozen_2d_cf", "frozen_C33_cl", "adain_fused_cl",
+    "batch_2d_cf", "batch_C33_cl", "batch_NC_cl", "batch_classifier", "batch_out_f32_cl", "batch_eval_2d_cl", "renorm_modulation_cf", "renorm_odd",
+    "blend_2d_cf", "blend_modulation_cl", "blend_eval_NC_cf",
     "layer_2d_cl", "rms_modulation_cf", "layer_norm_adaLN", "layer_norm_out_f32", "rms_norm_offset_bf16", "add_layer_norm_mixed", "add_rms_norm_D257",
 )  # fmt: skip
 def test_same_result_without_gradients(case, backend, device, poison):
@@ -51,8 +54,9 @@ def test_same_result_without_gradients(case, backend, device, poison):
 
 @some(
     "rank4", "cl_C33", "everything", "weight_NC_cl", "bfloat16", "long_group", "cl_C20", "S1", "instance_C33_cf", "instance_modulation_cl",
-    "frozen_modulation_cf", "frozen_modulation_cl", "adain_fused_cf", "layer_modulation_cf", "layer_modulation_cl", "rms_C33_cl",
-    "layer_norm_adaLN_affine", "layer_norm_residual_silu", "layer_norm_D17", "rms_norm_qk_norm",
+    "frozen_modulation_cf", "frozen_modulation_cl", "adain_fused_cf", "batch_C33_cf", "batch_NC_cl", "batch_modulation_cf", "batch_modulation_cl",
+    "batch_odd", "batch_eval_modulation_cl", "renorm_modulation_cf", "renorm_C33_cl", "blend_modulation_cf", "blend_C33_cl", "layer_modulation_cf",
+    "layer_modulation_cl", "rms_C33_cl", "layer_norm_adaLN_affine", "layer_norm_residual_silu", "layer_norm_D17", "rms_norm_qk_norm",
     "add_layer_norm_adaLN_affine", "add_rms_norm_bfloat16",
 )  # fmt: skip
 def test_each_gradient_alone(case, backend, device, poison):
@@ -67,9 +71,7 @@ def test_each_gradient_alone(case, backend, device, poison):
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize(
-    "kind, wanted", [(kind, name) for kind in KINDS for name in ("x", "weight", "bias", "residual") if name != "bias" or "rms" not in kind]
-)
+@pytest.mark.parametrize("kind, wanted", [(kind, name) for kind in KINDS for name in NAMES if name != "bias" or "rms" not in kind])
 def test_unwanted_gradients_are_not_computed(wanted, activation, kind, backend, device, monkeypatch):
     """The launcher makes nothing for what requires no grad; a linear residual's gradient is dy, and no kernel makes that either."""
     made = []
@@ -77,22 +79,31 @@ def test_unwanted_gradients_are_not_computed(wanted, activation, kind, backend, 
     def recorded(launch):
         return lambda *args: made.append(launch(*args)) or made[-1]
 
-    for name in ("group_norm_bwd", "row_norm_bwd"):
-        monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
+    for name in ("group_norm_bwd", "batch_norm_bwd", "row_norm_bwd"):
+        monkeypatch.setattr(launch, name, recorded(getattr(launch, name)))
     inputs = Inputs.of(case_of(kind, "mask", (2, 6, 5), 3, residual=True, activation=activation), device)
     inputs.run(wanted=(wanted,))
     computed = "x" if wanted == "residual" and "add" in kind else wanted
-    expected = [name == computed and not (name == "residual" and activation == "none") for name in ("x", "weight", "bias", "residual")]
+    expected = [name == computed and not (name == "residual" and activation == "none") for name in NAMES]
+    if "renorm" in kind and "eval" not in kind and wanted == "weight":
+        expected[2] = True  # the kernel's bias is bias + weight*d
     found = [[gradient is not None for gradient in gradients] for gradients in made]
-    assert found == [expected] or (found == [] and not any(expected))
+    if "batch_instance" in kind:  # the sums are also the gradients of the statistics, of which its vectors are made
+        sums = [False, True, True, False]
+        assert sums in found or wanted == "residual"
+        found, expected = [made for made in found if made != sums], expected if wanted in ("x", "residual") else [False] * 4
+    assert [made for made in found if any(made)] == [expected] * any(expected)
 
 
 @some(  # what kernels may do differently: sums over programs, over samples, over threads; both memory orders
-    "long_group", "many_small_groups", "many_samples", "cl_long", "cl_C320", "cl_many_positions", "everything", "bf16_long",
-    "instance_C320_cf", "instance_C320_cl", "instance_large_S_cf", "instance_large_S_cl", "instance_many_samples_cl", "frozen_large_S_cf",
-    "frozen_large_S_cl", "frozen_C320_cl", "adain_fused_cl", "layer_large_S_cf", "layer_large_S_cl", "layer_C4099_cf", "rms_C4099_cl",
-    "rms_C70001_cf", "layer_many_samples_cf", "layer_norm_tiny_rows", "layer_norm_many_rows", "layer_norm_long_row", "rms_norm_long_rows",
-    "layer_norm_transformer", "rms_norm_bf16_long", "layer_norm_adaLN_affine", "add_layer_norm_many_rows", "add_rms_norm_transformer",
+    "long_group", "many_small_groups", "many_samples", "cl_long", "cl_C320", "cl_many_positions", "everything", "bf16_long", "instance_C320_cf",
+    "instance_C320_cl", "instance_large_S_cf", "instance_large_S_cl", "instance_many_samples_cl", "frozen_large_S_cf", "frozen_large_S_cl",
+    "frozen_C320_cl", "adain_fused_cl", "batch_C320_cf", "batch_C320_cl", "batch_large_S_cf", "batch_large_S_cl", "batch_long_cf", "batch_long_cl",
+    "batch_many_samples_cf", "batch_many_samples_cl", "batch_many_large_samples_cf", "batch_many_large_samples_cl", "batch_NC_long_cf",
+    "batch_NC_long_cl", "batch_NC_wide_cl", "batch_tall", "batch_wide", "renorm_many_samples_cl", "blend_large_planes_cf", "blend_many_samples_cl",
+    "layer_large_S_cf", "layer_large_S_cl", "layer_C4099_cf", "rms_C4099_cl", "rms_C70001_cf", "layer_many_samples_cf", "layer_norm_tiny_rows",
+    "layer_norm_many_rows", "layer_norm_long_row", "rms_norm_long_rows", "layer_norm_transformer", "rms_norm_bf16_long", "layer_norm_adaLN_affine",
+    "add_layer_norm_many_rows", "add_rms_norm_transformer",
 )  # fmt: skip
 def test_bitwise_repeatable(case, backend, device):
     """No atomics: every run gives the same bits; on the CPU, with any number of threads."""
@@ -107,11 +118,16 @@ def test_bitwise_repeatable(case, backend, device):
             assert torch.equal(again.y, first.y), f"y with {count} threads"
             for key, gradient in again.gradients.items():
                 assert torch.equal(gradient, first.gradients[key]), f"d{key} with {count} threads"
+            for key, value in again.running.items():
+                assert torch.equal(value, first.running[key]), f"{key} with {count} threads"
     finally:
         torch.set_num_threads(threads)
 
 
-@grid(KINDS, small=(2, 6, 9, 11), long=(1, 4, 130, 131), S1=(3, 32, 1, 1), wide=(2, 40, 8, 8))
+SHAPES = {"small": (2, 6, 9, 11), "long": (1, 4, 130, 131), "S1": (3, 32, 1, 1), "wide": (2, 40, 8, 8)}
+
+
+@grid([kind for kind in KINDS if kind not in BATCH], **SHAPES)
 def test_samples_do_not_meet(kind, shape, backend, device):
     """A sample alone gives what it gives in a batch: nothing but dweight and dbias crosses samples. NaN in one stays in it."""
     inputs = Inputs.of(case_of(kind, "batch", (shape[0] + 1, *shape[1:]), activation="silu"), device)
@@ -123,6 +139,24 @@ def test_samples_do_not_meet(kind, shape, backend, device):
     part = replace(inputs, tensors=tensors, dy=inputs.dy[kept], dtotal=None if inputs.dtotal is None else inputs.dtotal[kept]).run()
     torch.testing.assert_close(part.y, whole.y[kept], rtol=4e-7, atol=4e-7)
     torch.testing.assert_close(part.gradients["x"], whole.gradients["x"][kept], rtol=2e-6, atol=2e-6)
+
+
+@grid([kind for kind in KINDS if "batch" in kind], **SHAPES)
+def test_channels_do_not_meet(kind, shape, backend, device):
+    """Some channels give what they give among others. NaN in one stays in it."""
+    inputs = Inputs.of(case_of(kind, "channels", (shape[0], shape[1] + 1, *shape[2:]), activation="silu"), device)
+    inputs.tensors["x"][:, -1] = torch.nan
+    whole = inputs.run()
+    assert whole.y[:, -1].isnan().all()
+    x, running = (value[:, :-1] for value in (inputs.tensors["x"], torch.stack(inputs.running)))
+    tensors = {name: value[..., :-1] for name, value in inputs.tensors.items()} | {"x": LAYOUTS[inputs.case.layout](x)}
+    part = replace(inputs, tensors=tensors, dy=inputs.dy[:, :-1], running=tuple(running)).run()
+    torch.testing.assert_close(part.y, whole.y[:, :-1], rtol=4e-7, atol=4e-7)
+    for name, value in part.gradients.items():
+        cut = whole.gradients[name][:, :-1] if name == "x" else whole.gradients[name][..., :-1]
+        torch.testing.assert_close(value, cut, rtol=2e-6, atol=2e-6 * (shape[0] * 50 if name != "x" else 1))
+    for name, value in part.running.items():
+        torch.testing.assert_close(value, whole.running[name][:-1], rtol=4e-7, atol=4e-7)
 
 
 def launched(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
@@ -139,8 +173,14 @@ def launched(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 READ = {  # kind -> layouts which it reads in place
-    **dict.fromkeys(("group_norm", "instance_norm", "frozen", "layer_norm_cf", "rms_norm_cf"), IN_PLACE),
+    **dict.fromkeys(("group_norm", "instance_norm", "frozen", "batch_norm", "batch_norm_eval", "batch_renorm", "batch_instance_norm"), IN_PLACE),
+    **dict.fromkeys(("layer_norm_cf", "rms_norm_cf"), IN_PLACE),
     **dict.fromkeys(("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"), ("contiguous", "offset")),
+}
+LAUNCHED = {  # kind -> its kernels, unless they are one pair
+    "batch_norm": ["batch_norm_fwd", "batch_norm_bwd"],
+    "batch_renorm": ["batch_norm_fwd", "group_norm_fwd", "batch_norm_bwd"],
+    "batch_instance_norm": ["group_norm_fwd", "group_norm_fwd", "group_norm_bwd", "group_norm_bwd"],
 }
 
 
@@ -152,20 +192,32 @@ def test_kernels_read_in_place(layout, kind, backend, device, monkeypatch):
     case = replace(case_of(kind, "in place", (4, 6, 5, 8), 3, activation="silu"), shape=(4, 6, 5, 8), layout=layout)
     in_place = layout in READ[kind]
     inputs = Inputs.of(replace(case, residual=layout if in_place else "contiguous"), device)
-    forward, backward = launched(inputs, monkeypatch)
+    calls = launched(inputs, monkeypatch)
     family = "row_norm" if case.rows else "group_norm"
-    assert (forward["op"], backward["op"]) == (f"{family}_fwd", f"{family}_bwd")
-    x, given = forward["x"], inputs.tensors["x"]
+    assert [call["op"] for call in calls] == LAUNCHED.get(kind, [f"{family}_fwd", f"{family}_bwd"])
+    forward, backward = ([call for call in calls if call["op"].endswith(way)] for way in ("fwd", "bwd"))
+    x, given = forward[0]["x"], inputs.tensors["x"]
     assert (x.data_ptr() == given.data_ptr()) == in_place
-    kept = x if forward.get("total") is None else forward["total"]
-    assert backward["x"].data_ptr() == kept.data_ptr() and backward["x"].stride() == kept.stride()
-    assert backward["dy"].data_ptr() == inputs.dy.data_ptr()
-    if family == "group_norm":
-        assert forward["channels_last"] == backward["channels_last"] == ("channels_last" in layout)
+    assert all(call["x"].data_ptr() == x.data_ptr() for call in forward)
+    kept = x if forward[-1].get("total") is None else forward[-1]["total"]
+    for call in backward:
+        assert call["x"].data_ptr() == kept.data_ptr() and call["x"].stride() == kept.stride()
+        assert call["dy"].data_ptr() == inputs.dy.data_ptr()
+    if not case.rows:
+        assert all(call["channels_last"] == ("channels_last" in layout) for call in calls)
     if in_place:
-        addend = forward["residual"] if forward.get("addend") is None else forward["addend"]
+        addend = forward[-1]["residual"] if forward[-1].get("addend") is None else forward[-1]["addend"]
         assert addend.data_ptr() == inputs.tensors["residual"].data_ptr()
-        assert backward["dx"].stride() == x.stride()
+        assert backward[-1]["dx"].stride() == x.stride()
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["frozen", "batch_norm", "batch_norm_conditional", "batch_norm_eval", "batch_renorm"])
+def test_one_position_is_channels_last(kind, shape, backend, device, monkeypatch):
+    """Both orders are one, and kernels are told the one in which channels are adjacent."""
+    monkeypatch.setattr(backends, "everyday", False)
+    calls = launched(Inputs.of(case_of(kind, "one position", shape), device), monkeypatch)
+    assert len(calls) >= 2 and all(call["channels_last"] for call in calls)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,6 +253,8 @@ SAVED = {  # the call, tensors of x's size that are saved
 def test_saved_for_backward(fields, large, kind, backend, device):
     """x (and the residual, if the activation needs it), statistics in float32, small vectors; of an addition the sum. y and x_hat are not kept."""
     case = case_of(kind, "saved", (4, 8, 16, 16), 4, **fields)
+    if case.scale and len(case.shape) == 2:
+        pytest.skip("a vector for each sample is as large as x")
     inputs, saved = Inputs.of(case, device), []
     added = "add" in kind
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
@@ -216,12 +270,14 @@ def test_saved_for_backward(fields, large, kind, backend, device):
     statistics = case.statistics()
     if not case.frozen:
         assert any(value.numel() == statistics and value.dtype == torch.float32 for value in small), "statistics"
-    assert sum(value.numel() for value in small) <= statistics + torch.Size(case.vector).numel() * (2 if not case.scale else 8 * case.shape[0])
+    vectors = 8 if case.scale or "batch_instance" in kind or "renorm" in kind else 2
+    vectors *= case.shape[0] if case.scale or "batch_instance" in kind or case.weight == "NC" else 1
+    assert sum(value.numel() for value in small) <= statistics + torch.Size(case.vector).numel() * vectors
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("sets", ["group", "moments", "layer", "rms", "last"])
+@pytest.mark.parametrize("sets", ["group", "moments", "batch", "batch_moments", "layer", "rms", "last"])
 def test_statistics(sets, dtype, layout, backend, device, poison):
     """X_fwd returns mean (two numbers) and 1/std in the accumulation dtype, all written; the same in both layouts."""
     x = LAYOUTS[layout]((torch.randn(3, 10, 7, 6, dtype=torch.float64) + 100).to(dtype).to(device))
@@ -233,6 +289,12 @@ def test_statistics(sets, dtype, layout, backend, device, poison):
             y, stats = torch.ops.normops.group_norm_fwd(x, None, None, None, None, 5, 1e-5, "none", 0.0, None)
         else:
             y, stats = x, torch.ops.normops.group_norm_stats(x, 5, 1e-5)
+    elif sets in ("batch", "batch_moments"):
+        rows, shape = exact.transpose(0, 1).flatten(1).unsqueeze(0), (4, 1, 10)
+        if sets == "batch":
+            y, stats = torch.ops.normops.batch_norm_fwd(x, None, None, None, None, None, 1e-5, "none", 0.0, None)
+        else:
+            y, stats = x, torch.ops.normops.batch_norm_stats(x, None, 1e-5)
     else:
         across = sets != "last"
         rows = exact.movedim(1, -1) if across and layout == "channels_last" else exact.flatten(2).movedim(1, -1) if across else exact
@@ -244,6 +306,11 @@ def test_statistics(sets, dtype, layout, backend, device, poison):
         assert total.numel() == 0
     assert stats.shape == shape and stats.dtype == acc and stats.is_contiguous()
     unit = roundoff(acc)
+    if shape[0] == 4:
+        *stats, variance = stats
+        exact = (rows - 100).var(-1)
+        assert ((variance.double() - exact).abs() <= 8 * unit * exact).all(), "the last is the unbiased variance"
+        stats = torch.stack(stats)
     if sets == "rms":
         want = (rows.square().mean(-1) + 1e-5).rsqrt()
     else:
@@ -258,12 +325,17 @@ def test_statistics(sets, dtype, layout, backend, device, poison):
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize("op", ["group", "frozen", "last", "across", "added"])
+@pytest.mark.parametrize("op", ["group", "frozen", "batch", "conditional", "last", "across", "added"])
 def test_backward_mask(op, activation, backend, device, poison):
     """X_bwd: what the mask leaves out comes back with no elements."""
     x, dy, residual = torch.randn(3, 2, 6, 5, device=device)
     weight, bias = torch.randn(2, 5 if op in ("last", "added") else 6, device=device)
-    if op in ("group", "frozen"):
+    if op in ("batch", "conditional"):
+        weight, bias = (value.expand(2, 6).contiguous() if op == "conditional" else value for value in (weight, bias))
+        _, stats = torch.ops.normops.batch_norm_fwd(x, weight, bias, residual, None, None, 1e-5, activation, 0.0, None)
+        backward = torch.ops.normops.batch_norm_bwd
+        args = (dy, x, stats, weight, bias, residual, None, activation, 0.0)
+    elif op in ("group", "frozen"):
         given = torch.rand(3, 1, 3, device=device) if op == "frozen" else None
         _, stats = torch.ops.normops.group_norm_fwd(x, weight, bias, residual, given, 3, 1e-5, activation, 0.0, None)
         stats = stats if given is None else given
@@ -285,15 +357,20 @@ def test_backward_mask(op, activation, backend, device, poison):
 def test_every_activation_code_reaches_the_kernel(backend, device):
     """Each name computes its own function: no two alike, and none falls to another's branch."""
     x = torch.randn(2, 4, 64, device=device)
-    for norm in (lambda x, **options: normops.group_norm(x, 2, **options), lambda x, **options: normops.layer_norm(x, 64, **options)):
+    for norm in (
+        lambda x, **options: normops.group_norm(x, 2, **options),
+        lambda x, **options: normops.batch_norm(x, None, None, training=True, **options),
+        lambda x, **options: normops.layer_norm(x, 64, **options),
+    ):
         found = {name: norm(x, activation=name, negative_slope=0.3) for name in CODES}
         for first, second in itertools.combinations(found, 2):
             assert not torch.allclose(found[first], found[second], atol=1e-5), (first, second)
 
 
 @some(
-    "everything", "instance_modulation_cl", "frozen_modulation_cf", "adain_fused_cl", "layer_modulation_cl", "layer_norm_adaLN_affine",
-    "rms_norm_residual_silu", "add_layer_norm_adaLN_affine", "add_rms_norm_bfloat16",
+    "everything", "instance_modulation_cl", "frozen_modulation_cf", "adain_fused_cl", "batch_modulation_cl", "batch_NC_cf",
+    "batch_eval_modulation_cf", "renorm_modulation_cf", "renorm_eval_2d_cl", "blend_modulation_cf", "blend_eval_NC_cl", "layer_modulation_cl",
+    "layer_norm_adaLN_affine", "rms_norm_residual_silu", "add_layer_norm_adaLN_affine", "add_rms_norm_bfloat16",
 )  # fmt: skip
 def test_inputs_are_left_alone(case, backend, device):
     """No input is written, not even where it is a view of a larger tensor."""
@@ -311,8 +388,7 @@ def test_inputs_are_left_alone(case, backend, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_written_outside(kind, shape, residual, backend, device, monkeypatch):
     """Outputs between guard elements: kernels that write whole vectors past the end are seen."""
-    guards, empty_like, new_empty = [], torch.empty_like, torch.Tensor.new_empty
-    pad = 64
+    guards, pad = [], 64
 
     def guarded(size, stride, dtype):
         numel = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -320,20 +396,28 @@ def test_nothing_is_written_outside(kind, shape, residual, backend, device, monk
         guards.append(whole)
         return whole[pad:-pad].as_strided(size, stride).fill_(torch.nan)
 
-    def like(value, dtype=None, **options):
-        made = empty_like(value, dtype=dtype, **options)
-        return guarded(made.shape, made.stride(), made.dtype)
+    def within(make):
+        def made(*args, **options):
+            value = make(*args, **options)
+            return guarded(value.shape, value.stride(), value.dtype)
+
+        return made
 
     inputs = Inputs.of(case_of(kind, "guards", shape, 5, residual=residual, activation="silu"), device)
+    elsewhere = inputs.run()
     with monkeypatch.context() as patch:
-        patch.setattr(ops.torch, "empty_like", like)
-        patch.setattr(torch.Tensor, "new_empty", lambda x, size, dtype=None: guarded(size, new_empty(x, size, dtype=dtype).stride(), dtype))
+        patch.setattr(torch, "empty_like", within(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", within(torch.Tensor.new_empty))
         result = inputs.run()
-    kernels = len(inputs.tensors) - ("add" in kind)  # gradients; of an addition one for both
-    assert len(guards) >= 2 + kernels - ("frozen" in kind) + (result.total is not None), "y, sum, stats and gradients"
+    kernels = len(inputs.tensors) - ("add" in kind) - ("rho" in inputs.tensors)  # gradients; of an addition one for both
+    kernels += 2 * (kind in BATCH) + (result.total is not None) - (inputs.case.frozen and "rho" not in inputs.tensors)
+    assert len(guards) >= 2 + kernels, "y, sum, stats, running statistics and gradients"
     for whole in guards:
         assert (whole[:pad] == 12345).all() and (whole[-pad:] == 12345).all()
-    check(result, inputs)
+    assert torch.equal(result.y, elsewhere.y)
+    for found in ("gradients", "running"):
+        for name, value in getattr(result, found).items():
+            assert torch.equal(value, getattr(elsewhere, found)[name]), name
 
 
 @pytest.mark.parametrize("order", ["contiguous", "channels_last"])
@@ -350,7 +434,26 @@ def test_composed_is_what_torch_offers(order):
     def close(norm, got, want):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13, msg=lambda text: f"{norm}: {text}")
 
+    def over(vector):
+        return vector[..., None, None]
+
+    ours, theirs = (mean.clone(), var.clone()), (mean.clone(), var.clone())
+    by_batch = F.batch_norm(x, *theirs, training=True, momentum=0.3, eps=1e-3)
+    tracked = {"running_mean": ours[0], "running_var": ours[1], "training": True, "momentum": 0.3, "bias": bias}
+    close("batch_norm", COMPOSED["batch_norm"](x, residual=residual, **fused, **tracked), follows(by_batch * over(weight) + over(bias)))
+    for mine, other in zip(ours, theirs, strict=True):
+        close("running statistics", mine, other)
+    evaluated = {"running_mean": mean, "running_var": var, "bias": bias}
+    gate = torch.rand(6, dtype=torch.float64)
+    blended = over(gate) * F.batch_norm(x, mean, var, eps=1e-3) + over(1 - gate) * F.instance_norm(x, eps=1e-3)
     for norm, how, t in (
+        ("batch_instance_norm", evaluated | {"rho": gate}, blended * over(weight) + over(bias)),
+        ("batch_norm", evaluated, F.batch_norm(x, mean, var, weight, bias, eps=1e-3)),
+        ("batch_renorm", {"running_mean": mean, "running_std": var, "bias": bias}, F.batch_norm(x, mean, var**2, weight, bias, eps=0)),
+        ("batch_renorm", {"running_mean": ours[0], "running_std": ours[1], "bias": bias, "training": True},
+         F.batch_norm(x, None, None, weight, bias, True, eps=1e-3)),
+        ("batch_renorm", {"running_mean": mean.clone(), "running_std": var.clone(), "bias": bias, "training": True, "r_max": 1e9, "d_max": 1e9},
+         F.batch_norm(x, mean, var**2, weight, bias, eps=0)),
         ("group_norm", {"num_groups": 3, "bias": bias}, F.group_norm(x, 3, weight, bias, 1e-3)),
         ("instance_norm", {"bias": bias}, F.instance_norm(x, None, None, weight, bias, eps=1e-3)),
         (

@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from cases import ACTIVATIONS, HALF, KINDS, LAYOUTS, Inputs, case_of, grid, roundoff
+from cases import ACTIVATIONS, BATCH, HALF, KINDS, LAYOUTS, Inputs, case_of, grid, roundoff
 
 import normops
 
-CENTERED = [kind for kind in KINDS if "rms" not in kind and "frozen" not in kind]
-OWN = [kind for kind in KINDS if "frozen" not in kind]  # by statistics of x
+OWN = [kind for kind, fields in KINDS.items() if not fields.get("frozen")]  # by statistics of x
+CENTERED = [kind for kind in OWN if "rms" not in kind and "renorm" not in kind]
 LAYOUT_IDS = ["contiguous", "channels_last"]
 
 
@@ -80,7 +80,7 @@ def test_constant_input_gives_bias(kind, shape, dtype, backend, device, poison):
             inputs.tensors["residual"].fill_(1.0)
         result = inputs.call()
         y, bias = result[0] if isinstance(result, tuple) else result, inputs.tensors["bias"]
-        assert torch.equal(y, (bias if case.trailing else bias[(..., *(None,) * (len(shape) - 2))]).expand_as(y)), constant
+        assert torch.equal(y, (bias if case.trailing else bias[(..., *(None,) * (y.dim() - 2))]).expand_as(y)), constant
 
 
 @grid(OWN, small=(2, 8, 6, 7), long=(1, 4, 190, 190), S1=(3, 32, 1, 1), wide=(2, 770, 3, 1))
@@ -95,7 +95,8 @@ def test_huge_and_tiny(kind, shape, magnitude, backend, device, poison):
     for name, mine, exact in (("y", got.y, want.y), *((f"d{key}", value, want.gradients[key]) for key, value in got.gradients.items())):
         tiny = torch.finfo(torch.float32).smallest_normal
         error = (mine.double() - exact).abs().max().item()
-        assert error <= 2e-6 * exact.abs().max().item() + tiny, f"{name}: {error}"
+        size = (inputs.dy.numel() / mine.numel()) ** 0.5 if name == "drho" else 0.0  # of one sample it is 0 but for rounding
+        assert error <= 2e-6 * max(size, exact.abs().max().item()) + tiny, f"{name}: {error}"
 
 
 @grid(OWN, short=(1, 8, 40, 41), long=(1, 2, 260, 260), wide=(1, 1030, 3, 1))
@@ -119,13 +120,14 @@ def test_not_finite(value, where, kind, backend, device, poison):
     inputs = Inputs.of(case_of(kind, "not finite", (2, 4, 10, 10)), device)
 
     def spoiled(value, call):
-        inputs.tensors["x"][1, where[0], ..., where[1]] = value
+        x = inputs.tensors["x"]
+        x[1, where[0]] = value if x.dim() == 2 else x[1, where[0]].index_fill(-1, torch.tensor(where[1] % x.shape[-1], device=device), value)
         result = call()
         return {"y": ~result.y.isfinite(), "dx": ~result.gradients["x"].isfinite()}
 
     least, most = (spoiled(other, lambda: inputs.torch(torch.float32)) for other in (value, torch.nan))
     for name, mine in spoiled(value, inputs.run).items():
-        assert not mine[0].any() and mine.any() == most[name].any()
+        assert (kind in BATCH or not mine[0].any()) and mine.any() == most[name].any()
         assert not (least[name] & ~mine).any() and not (mine & ~most[name]).any(), name
 
 
@@ -136,7 +138,9 @@ def test_activation_at_the_kinks(layout, backend, device):
     x = LAYOUTS[layout](torch.ones(2, 6, 3, 3, device=device)).requires_grad_()
     dy = LAYOUTS[layout](torch.randn(2, 6, 3, 3, device=device))
     for activation in ACTIVATIONS:
-        for norm in (partial(normops.group_norm, x, 6), partial(normops.layer_norm, x, 6, dim=1)):
+        for norm in (
+            partial(normops.group_norm, x, 6), partial(normops.batch_norm, x, None, None, training=True), partial(normops.layer_norm, x, 6, dim=1),
+        ):  # fmt: skip
             b, c = bias.clone().requires_grad_(), bias.clone().requires_grad_()
             got = torch.autograd.grad(norm(None, b, activation=activation, negative_slope=0.2), b, dy)[0]
             want = torch.autograd.grad(ACTIVATIONS[activation](c[:, None, None].expand_as(x), 0.2), c, dy)[0]
@@ -152,7 +156,10 @@ def test_activation_of_large_arguments(activation, backend, device):
     want = ACTIVATIONS[activation](theirs[:, None].expand_as(x), 0.01)
     exact = torch.autograd.grad(want.sum(), theirs)[0]
     size = theirs.detach().abs()
-    for y in (normops.group_norm(x, 10, None, bias, activation=activation), normops.layer_norm(x.mT, 10, None, bias, activation=activation).mT):
+    for y in (
+        normops.group_norm(x, 10, None, bias, activation=activation), normops.batch_norm(x, None, None, None, bias, True, activation=activation),
+        normops.layer_norm(x.mT, 10, None, bias, activation=activation).mT,
+    ):  # fmt: skip
         slope = torch.autograd.grad(y.sum(), bias)[0].double()
         assert ((y.double() - want).abs() <= 2e-6 * want.abs() + 1e-30 * size[:, None]).all()
         assert ((slope - exact).abs() <= 2e-6 * exact.abs() + 1e-30 * size).all(), slope

@@ -24,7 +24,8 @@ SAMPLES = {  # (N, *spatial), layout, dtype
 over_samples = pytest.mark.parametrize("sample", SAMPLES)
 # one norm of each kind in every sample, the others where a kernel's fake might differ
 PUBLIC = [(name, sample) for name in NORMS for sample in SAMPLES
-          if name in ("group_norm", "layer_norm_dim1") or sample in ("channels_last", "sliced", "bfloat16", "empty")]  # fmt: skip
+          if (name in ("group_norm", "layer_norm_dim1", "batch_norm") or sample in ("channels_last", "sliced", "bfloat16", "empty"))
+          and (name, sample) != ("batch_instance_norm", "bfloat16")]  # the sum of two gradients, rounded once or twice  # fmt: skip
 
 
 @pytest.mark.parametrize("name, sample", PUBLIC, ids=["-".join(pair) for pair in PUBLIC])
@@ -60,6 +61,20 @@ def test_group(sample, backend, device):
     opcheck(OPS.group_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, None, 3, 1e-5, "silu", 0.01, None))
     opcheck(OPS.group_norm_stats.default, (x, 3, 1e-5))
     opcheck(OPS.group_moments.default, (x.clone().requires_grad_(), 3, 1e-5))
+
+
+@over_samples
+def test_batch(sample, device):
+    """Statistics computed and given."""
+    for x, dy, weight, bias, residual, mask in both_ways(*SAMPLES[sample], device):
+        options = (None, 1e-5, "silu", 0.01, None)
+        opcheck(OPS.batch_norm_fwd.default, (x, weight, bias, residual, None, *options))
+        stats = OPS.batch_norm_stats(x, None, 1e-5)
+        opcheck(OPS.batch_norm_bwd.default, (dy, x, stats, weight, bias, residual, None, "silu", 0.01, mask))
+    opcheck(OPS.batch_norm_fwd.default, (x, weight, bias, residual, stats, *options))
+    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, stats, *options))
+    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, None, *options))
+    opcheck(OPS.batch_norm_stats.default, (x, None, 1e-5))
 
 
 @over_samples
@@ -132,5 +147,8 @@ def test_meta_statistics(dtype):
         (OPS.row_norm_fwd(x, None, None, None, None, 1, True, 0.0, 1e-5, "none", 0.0, None)[2], (3, 12)),
         (OPS.row_norm_fwd(x, None, None, None, None, 0, False, 0.0, 1e-5, "none", 0.0, None)[2], (1, 8)),
         (OPS.group_norm_stats(x, 3, 1e-5), (3, 2, 3)),
+        (OPS.batch_norm_fwd(x, None, None, None, None, None, 1e-5, "none", 0.0, None)[1], (4, 1, 6)),
+        (OPS.batch_norm_stats(x, None, 1e-5), (4, 1, 6)),
+        (OPS.batch_norm_stats(x, "workers", 1e-5), (5, 1, 6)),
     ):
         assert (found.dtype, found.shape) == (wide, shape)

@@ -85,5 +85,5 @@ def test_failure_is_fatal_on_request(wheel):
 def test_versions_and_backends_are_printed():
     result = python("-m", "normops", cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    for word in ("normops", "torch", "triton", "group_norm_fwd", "reference", "cpu", "cuda"):
+    for word in ("normops", "torch", "triton", "group_norm_fwd", "batch_norm_bwd", "reference", "cpu", "cuda"):
         assert word in result.stdout

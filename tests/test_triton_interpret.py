@@ -1,5 +1,5 @@
-"""Runs triton_cases.py and triton_row_cases.py with TRITON_INTERPRET=1, both at a time. That must be set before Triton is first imported,
-hence processes of their own."""
+"""Runs triton_cases.py and its like with TRITON_INTERPRET=1, all at a time. That must be set before Triton is first imported, hence processes
+of their own."""
 
 import os
 import pathlib
@@ -21,7 +21,7 @@ def test_triton_in_the_interpreter():
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name in ("triton_cases.py", "triton_row_cases.py")
+        for name in ("triton_cases.py", "triton_row_cases.py", "triton_batch_cases.py")
     ]
     outputs = [process.communicate()[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)

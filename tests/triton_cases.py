@@ -140,7 +140,7 @@ def run(place, x, dy, weight, bias, residual, eps=1e-5, activation="silu", want=
     config = replace(config, FOLD=False, SLOTS=config.SLOTS or N)
     dx, dweight, dbias = (guarded(t) if wanted else None for t, wanted in zip((x, weight, bias), want, strict=True))
     dresidual = guarded(residual)
-    group_norm.backward(config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, N, C, G, channels_last, frozen, code, 0.1)
+    group_norm.backward(config, dx, dweight, dbias, dresidual, dy, x, stats, weight, bias, residual, None, N, C, G, channels_last, frozen, code, 0.1)
     check_guards()
     return [y, dx, dweight, dbias, dresidual], stats
 
@@ -290,12 +290,39 @@ def test_frozen(place, dims, shared):
     outputs = [guarded(t) for t in (x, x, weight, bias, residual)]
     arguments = (N, C, G, channels_last, True)
     group_norm.group_norm_fwd(outputs[0], stats, x, weight, bias, residual, *arguments, 1e-5, 3, 0.0)
-    group_norm.group_norm_bwd(*outputs[1:], dy, x, stats, weight, bias, residual, *arguments, 3, 0.0)
+    group_norm.group_norm_bwd(*outputs[1:], dy, x, stats, weight, bias, residual, None, *arguments, 3, 0.0)
     check_guards()
     compare(outputs, exact(torch.float32), exact(torch.float64))
     x[0, 1, 2] = float("inf")
-    group_norm.group_norm_bwd(outputs[1], None, None, None, dy, x, stats, weight, bias, None, *arguments, 0, 0.0)
+    group_norm.group_norm_bwd(outputs[1], None, None, None, dy, x, stats, weight, bias, None, None, *arguments, 0, 0.0)
     assert outputs[1].isfinite().all()
+
+
+@pytest.mark.parametrize("place", FROZEN)
+@pytest.mark.parametrize("shared", [True, False])
+def test_given_means(place, shared):
+    """dx where the means of g x_hat and of g come from elsewhere, with and without the sums for weight and bias."""
+    shape, G, channels_last, _ = PLACES[place]
+    N, C = shape[:2]
+    torch.manual_seed(0)
+    x, dy = (random(*shape, dtype=torch.float32, channels_last=channels_last) for _ in range(2))
+    weight, bias = random(C, dtype=torch.float32), random(C, dtype=torch.float32)
+    stats, means = (torch.stack([random(1 if shared else N, G, dtype=torch.float32).exp() for _ in range(k)]) for k in (3, 2))
+
+    def expected(dtype):
+        over = [t.to(dtype).repeat_interleave(C // G, 1).view(-1, C, *[1] * (x.dim() - 2)) for t in (*stats, *means)]
+        w, b = (t.to(dtype).view(-1, *[1] * (x.dim() - 2)) for t in (weight, bias))
+        x_hat = (x.to(dtype) - over[0] - over[1]) * over[2]
+        t = (x_hat * w + b).requires_grad_()
+        F.silu(t).backward(dy.to(dtype))
+        others = [0, *range(2, x.dim())]
+        return [over[2] * (w * t.grad - over[4] - x_hat * over[3]), (t.grad * x_hat).sum(others), t.grad.sum(others)]
+
+    for want in (True, False):
+        ours = [guarded(t) if wanted else None for t, wanted in ((x, True), (weight, want), (bias, want))]
+        group_norm.group_norm_bwd(*ours, None, dy, x, stats, weight, bias, None, means, N, C, G, channels_last, True, 3, 0.0)
+        check_guards()
+        compare(ours, expected(torch.float32), expected(torch.float64), ("dx", "dweight", "dbias"))
 
 
 def test_many_partials():
@@ -334,7 +361,7 @@ def test_chosen(shape, G, channels_last):
     y, dx, dweight, dbias, stats = (guarded(t) for t in (x, x, weight, bias, torch.empty(3, shape[0], G)))
     arguments = (*shape[:2], G, channels_last, False)
     group_norm.group_norm_fwd(y, stats, x, weight, bias, None, *arguments, 1e-5, 3, 0.0)
-    group_norm.group_norm_bwd(dx, dweight, dbias, None, dy, x, stats, weight, bias, None, *arguments, 3, 0.0)
+    group_norm.group_norm_bwd(dx, dweight, dbias, None, dy, x, stats, weight, bias, None, None, *arguments, 3, 0.0)
     check_guards()
     exact = torch_way(x, dy, weight, bias, None, G, 1e-5, "silu", torch.float64)
     theirs = torch_way(x, dy, weight, bias, None, G, 1e-5, "silu", torch.float32)

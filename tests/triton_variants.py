@@ -9,7 +9,7 @@ import tempfile
 
 import torch
 import triton
-from normops.kernels import fold, group_norm, row_norm
+from normops.kernels import batch_norm, fold, group_norm, row_norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -24,7 +24,7 @@ def meta(*size, dtype):
 def recording():
     """Launches are noted, (kernel, num_warps, args), and do not take place; tensors are on the meta device."""
     recorded = []
-    modules = (group_norm, row_norm, fold)
+    modules = (group_norm, batch_norm, row_norm, fold)
     real = group_norm.launch
     for module in modules:
         module.launch = lambda kernel, programs, num_warps, *args: recorded.append((kernel, num_warps, args))
@@ -43,9 +43,23 @@ def group_launches(config, N, C, S, G, dtype, channels_last, backward, activatio
     stats = meta(3, 1 if frozen else N, G, dtype=torch.promote_types(dtype, torch.float32))
     with recording() as recorded:
         if backward:
-            group_norm.backward(config, x, weight, bias, r, x, x, stats, weight, bias, r, N, C, G, channels_last, frozen, activation, 0.1)
+            group_norm.backward(config, x, weight, bias, r, x, x, stats, weight, bias, r, None, N, C, G, channels_last, frozen, activation, 0.1)
         else:
             group_norm.forward(config, x, stats, x, weight, bias, r, N, C, G, channels_last, frozen, 1e-5, activation, 0.1)
+    return recorded
+
+
+def batch_launches(config, N, C, S, dtype, channels_last, backward, activation=1, residual=False):
+    """Every launch of one batch norm."""
+    x = meta(N, C, S, dtype=dtype)
+    r = x if residual else None
+    weight, bias, mean, var = (meta(C, dtype=torch.float32) for _ in range(4))
+    stats = meta(4, 1, C, dtype=torch.promote_types(dtype, torch.float32))
+    with recording() as recorded:
+        if backward:
+            batch_norm.backward(config, x, weight, bias, r, x, x, stats, weight, bias, r, N, C, channels_last, activation, 0.1)
+        else:
+            batch_norm.forward(config, x, stats, mean, var, x, weight, bias, r, N, C, channels_last, 0.1, 1e-5, activation, 0.1)
     return recorded
 
 

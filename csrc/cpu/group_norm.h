@@ -1,4 +1,6 @@
-// Group normalization on the CPU: moments -> fold -> apply, and sums -> fold -> apply backward, over tasks for one or many threads.
+// Group and batch normalization on the CPU: moments -> fold -> apply, and sums -> fold -> apply backward, over tasks for one or many threads.
+//
+// A batch norm's group is a channel of all samples. Channels last, where nothing tells its samples apart, it is the group norm of one large sample.
 //
 // A task is a whole group (channels first) or a whole sample (channels last) when there are enough of them: its second pass then hits the cache.
 // Otherwise the three steps run one after the other, each over pieces of all groups. Pieces have a fixed size and are merged in index order, in
@@ -14,9 +16,12 @@ namespace normops {
 
 struct Shape {
   int64_t N, C, S, G;
+  bool batch;  // the statistics are of all samples, and G = C
   int64_t D() const { return C / G; }
-  int64_t n() const { return D() * S; }  // elements of a group
-  int64_t groups() const { return N * G; }
+  int64_t n() const { return (batch ? N : D()) * S; }  // elements of a group
+  int64_t samples() const { return batch ? 1 : N; }    // that have statistics of their own
+  int64_t groups() const { return samples() * G; }
+  int64_t sums() const { return samples() * C; }
 };
 
 template <typename A>
@@ -33,8 +38,9 @@ struct GroupNorm {
   const T *x, *residual;
   Affine<A> affine;
   Options<A> options;
-  A* stats;        // (3, N, G), or given as (3, frozen, G)
+  A* stats;        // (3, samples, G), batch norm forward (4, 1, G), or given as (3, frozen, G)
   int64_t frozen;  // for how many samples statistics are given: 0, one for all, or N
+  const A* means;  // null, or with frozen statistics (2, frozen, G): of weight*dt*x_hat and of weight*dt
   const int64_t D = s.D();
   const Loops<T>& loop = loops<T>();
 
@@ -44,22 +50,34 @@ struct GroupNorm {
   }
   template <typename At>
   Backward<T, At> backward_from(T* dx, T* dt, const T* dy, int64_t offset, const At& at, A* kept) const {  // kept: for this offset already
-    return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at, kept};
+    return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at, kept, means != nullptr};
   }
 
-  SavedStats<A> saved() const { return {stats, frozen ? frozen * s.G : s.groups(), true}; }
+  // Whether the sums leave dt, where it is wanted and not rounded, for the second pass: that one then needs neither activation nor residual.
+  bool leaves_dt(const T* dx, const T* dt) const { return dx && dt && !frozen && std::is_same_v<T, A>; }
+
+  GroupNorm linear() const {
+    GroupNorm norm = *this;
+    norm.residual = nullptr;
+    norm.options.activation = Activation::none;
+    return norm;
+  }
+
+  SavedStats<A> saved() const { return {stats, frozen ? frozen * s.G : s.groups(), true, s.batch ? stats + 3 * s.G : nullptr}; }
 
   // the means of `sets` are counted from `base`
   void save(int64_t group, A base, const Moments* sets, int64_t count, int64_t stride, double eps) const {
-    saved().set(group, finish<A>(static_cast<double>(base), merge(sets, count, stride), eps));
+    saved().save(group, static_cast<double>(base), merge(sets, count, stride), static_cast<double>(s.n()), eps);
   }
 
   // of a group; c2 and c3 too where there are sums of its channels
   Group<A> coefficients(int64_t sample, int64_t index, const A* sums) const {
     const int64_t group = sample * s.G + index, first = sample * affine.stride + index * D;  // channel
-    Group<A> g{statistic(saved().get(frozen == 1 ? index : group)), affine.weight + first, affine.bias + first};
+    const int64_t at = frozen == 1 ? index : group;
+    Group<A> g{statistic(saved().get(at)), affine.weight + first, affine.bias + first};
+    if (means) set_sums(g.at, means[at], means[frozen * s.G + at], true);
     if (sums) {
-      const A *sum_dt_xhat = sums + group * D, *sum_dt = sum_dt_xhat + s.N * s.C;
+      const A *sum_dt_xhat = sums + group * D, *sum_dt = sum_dt_xhat + s.sums();
       const double n = static_cast<double>(s.n());
       set_sums(g.at, dot(g.weight, sum_dt_xhat, D) / n, dot(g.weight, sum_dt, D) / n, true);
     }

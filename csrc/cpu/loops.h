@@ -39,6 +39,16 @@ NORMOPS_ALWAYS void set_sums(Statistic<A>& s, double g_xhat, double g, bool cent
   s.c3 = centered ? static_cast<A>(-s.rstd * g) : 0;
 }
 
+struct Planes {           // of what shares a statistic
+  int64_t count, length;  // contiguous elements of each
+  int64_t stride;         // elements from one plane to the next
+  int64_t step;           // the same in weight, bias and sums: 1, or 0 where all planes are one channel's, which has one sum
+
+  NORMOPS_ALWAYS int64_t n() const { return count * length; }
+  NORMOPS_ALWAYS int64_t channels() const { return step ? count : 1; }
+  NORMOPS_ALWAYS Planes joined() const { return stride == length ? Planes{1, n(), n(), step} : *this; }
+};
+
 template <typename A>
 struct Group {  // planes and rows
   Statistic<A> at;
@@ -59,6 +69,7 @@ struct SavedStats {  // of rows: mean, mean_lo, rstd; of rows that are not cente
   A* data;
   int64_t count;
   bool centered;
+  A* variance = nullptr;  // unbiased, where wanted
 
   NORMOPS_ALWAYS Stats<A> get(int64_t i) const {
     if (!centered) return {0, 0, data[i]};
@@ -71,6 +82,13 @@ struct SavedStats {  // of rows: mean, mean_lo, rstd; of rows that are not cente
       data[count + i] = s.mean_lo;
     }
     data[(centered ? 2 * count : 0) + i] = s.rstd;
+  }
+  // of moments around `base`; the count of `m` may be any multiple of n
+  NORMOPS_ALWAYS Stats<A> save(int64_t i, double base, const Moments& m, double n, double eps) const {
+    const Stats<A> s = finish<A>(base, m, eps);
+    set(i, s);
+    if (variance) variance[i] = static_cast<A>(m.m2 / m.count * (n > 1 ? n / (n - 1) : 1));
+    return s;
   }
 };
 
@@ -92,7 +110,8 @@ struct Backward {  // dx and, where wanted, dt
   T *dx, *dt;      // where the loops of the sums find them, they store what needs no sums: dt, and dx = a*dt
   const T *dy, *x, *residual;
   Coefficients at;
-  Acc<T>* kept;  // unless null: the sums leave dt here, and the backward pass takes it from here
+  Acc<T>* kept;        // unless null: the sums leave dt here, and the backward pass takes it from here
+  bool given = false;  // c2 and c3 are known to the loops of the sums: their dx is whole
 };
 
 template <typename T>
@@ -105,6 +124,7 @@ struct WholeRows {  // from x, or from total = x + addend; and whole groups of p
   SavedStats<A> stats;
   int64_t first;  // index of the first row's statistics
   double eps;
+  bool given = false;  // the statistics are
 };
 
 template <typename T>
@@ -137,30 +157,32 @@ struct WholeGroupsBackward {
   Backward<T, Group<Acc<T>>> planes;  // of the first group
   SavedStats<Acc<T>> stats;
   int64_t first;
-  Acc<T>*sum_dt_xhat, *sum_dt;  // per plane
+  Acc<T>*sum_dt_xhat, *sum_dt;  // per plane, or per group
+  bool leaves_dt;               // as in GroupNorm
 };
 
 template <typename T>
 struct Loops {
   using A = Acc<T>;
 
-  // of n <= kChunk elements, the mean counted from `center`: a guess when it is `known`, else set here
-  Moments (*moments)(const T* x, int64_t n, A& center, bool known);
+  // of at most kChunk elements, the mean counted from `center`: a guess when it is `known`, else set here
+  Moments (*moments)(const T* x, const Planes&, A& center, bool known);
   double (*squares)(const T* x, int64_t n);
   void (*add)(T* total, const T* x, const T* addend, int64_t n);
 
-  void (*planes)(const Forward<T, Group<A>>&, int64_t planes, int64_t length, Options<A>);
-  void (*plane_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Group<A>>&, int64_t planes, int64_t length, Options<A>);  // per plane
-  void (*plane_backward)(const Backward<T, Group<A>>&, int64_t planes, int64_t length, Options<A>);
+  void (*planes)(const Forward<T, Group<A>>&, const Planes&, Options<A>);
+  void (*plane_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Group<A>>&, const Planes&, Options<A>);
+  void (*plane_backward)(const Backward<T, Group<A>>&, const Planes&, Options<A>);
 
-  void (*groups)(const WholeRows<T>&, int64_t groups, int64_t channels, int64_t length, Options<A>);  // of at most kChunk elements
-  void (*groups_backward)(const WholeGroupsBackward<T>&, int64_t groups, int64_t channels, int64_t length, Options<A>);
+  // of at most kChunk elements each, `apart` elements from one group to the next
+  void (*groups)(const WholeRows<T>&, int64_t groups, int64_t apart, const Planes&, Options<A>);
+  void (*groups_backward)(const WholeGroupsBackward<T>&, int64_t groups, int64_t apart, const Planes&, Options<A>);
 
   // adds to sums per channel of x - center, and of its square unless `squares` is null; pixels are `stride` apart
   void (*column_moments)(A* sums, A* squares, const T* x, const A* center, int64_t pixels, int64_t channels, int64_t stride);
-  void (*columns)(const Forward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);
-  void (*column_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);  // adds
-  void (*column_backward)(const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);
+  void (*columns)(const Forward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);
+  void (*column_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);  // adds
+  void (*column_backward)(const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);
 
   void (*rows)(const WholeRows<T>&, int64_t samples, int64_t groups, int64_t n, Options<A>);  // n <= kChunk
   void (*rows_backward)(const WholeRowsBackward<T>&, int64_t samples, int64_t groups, int64_t n, Options<A>);

@@ -1,6 +1,7 @@
-// The module normops._C: the four functions of a backend on memory that normops/cpu.py points to. Arguments are checked before; a plain C call with
+// The module normops._C: the six functions of a backend on memory that normops/cpu.py points to. Arguments are checked before; a plain C call with
 // addresses costs a microsecond or two less than an operator behind the dispatcher.
 #include "across_norm.h"
+#include "batch_columns.h"
 #include "channels_first.h"
 #include "channels_last.h"
 #include "row_norm.h"
@@ -24,6 +25,8 @@ struct Call {  // what all functions have in common
   int64_t N, C, S, G;
   Activation activation;
   double negative_slope;
+
+  bool per_sample() const { return std::max(weight.rows, bias.rows) > 1; }
 };
 
 template <typename F>
@@ -80,7 +83,7 @@ void parameter_gradient(const Parameter& out, const A* sums, int64_t count, int6
   });
 }
 
-// ---- the group pair ----
+// ---- the group and the batch pair ----
 
 template <typename A>
 struct GroupParameters {  // weight and bias, both per sample as soon as one of them is
@@ -88,7 +91,7 @@ struct GroupParameters {  // weight and bias, both per sample as soon as one of 
   Affine<A> affine;
 
   explicit GroupParameters(const Call& c) {
-    const bool per_sample = std::max(c.weight.rows, c.bias.rows) > 1;
+    const bool per_sample = c.per_sample();
     affine.stride = per_sample ? c.C : 0;
     affine.weight = expanded(c.weight, A(1), per_sample ? c.N : 1, c.C, weight_storage);
     affine.bias = expanded(c.bias, A(0), per_sample ? c.N : 1, c.C, bias_storage);
@@ -106,11 +109,19 @@ struct GroupParameters {  // weight and bias, both per sample as soon as one of 
   }
 };
 
-// f(ChannelsFirst<T> or ChannelsLast<T>) for the dtype of x
+constexpr int64_t kShort = 16;  // planes of fewer elements are columns of their samples
+
+struct Statistics {
+  int64_t frozen;     // for how many samples they are given: 0, 1 or N
+  const void* means;  // as in GroupNorm
+  bool batch;         // they are of all samples
+};
+
+// f(BatchColumns<T>, ChannelsFirst<T> or ChannelsLast<T>) for the dtype of x
 template <typename F>
-void with_group_norm(Call c, bool channels_last, int64_t frozen, F&& f) {
+void with_group_norm(Call c, bool channels_last, const Statistics& given, F&& f) {
   if (c.S == 1) channels_last = true;  // the same memory
-  if (channels_last && frozen == 1 && std::max(c.weight.rows, c.bias.rows) == 1) {  // nothing tells one sample from another
+  if (channels_last && given.frozen == 1 && !c.per_sample()) {  // nothing tells one sample from another
     c.S *= c.N;
     c.N = 1;
   }
@@ -119,12 +130,101 @@ void with_group_norm(Call c, bool channels_last, int64_t frozen, F&& f) {
     using A = Acc<T>;
     const GroupParameters<A> parameters(c);
     const auto own = c.stats ? nullptr : buffer<A>(3 * c.N * c.G);
-    const GroupNorm<T> common{{c.N, c.C, c.S, c.G}, static_cast<const T*>(c.x), static_cast<const T*>(c.residual), parameters.affine,
-                              {c.activation, static_cast<A>(c.negative_slope)}, c.stats ? static_cast<A*>(c.stats) : own.get(), frozen};
-    if (channels_last)
+    const GroupNorm<T> common{{c.N, c.C, c.S, c.G, given.batch}, static_cast<const T*>(c.x), static_cast<const T*>(c.residual), parameters.affine,
+                              {c.activation, static_cast<A>(c.negative_slope)}, c.stats ? static_cast<A*>(c.stats) : own.get(), given.frozen,
+                              static_cast<const A*>(given.means)};
+    if (given.batch && (channels_last || c.S < kShort))
+      f(BatchColumns<T>(common, channels_last), common, zero);
+    else if (channels_last)
       f(ChannelsLast<T>(common), common, zero);
     else
       f(ChannelsFirst<T>(common), common, zero);
+  });
+}
+
+void forward(const Call& c, bool channels_last, const Statistics& given, void* y, double eps) {
+  if (given.batch && c.per_sample()) {  // as a frozen norm, once the statistics are there
+    Call bare = c;
+    bare.weight = bare.bias = {nullptr, 0, 1};
+    forward(bare, channels_last, given, nullptr, eps);
+    if (y) forward(c, channels_last, {1, nullptr, false}, y, eps);
+    return;
+  }
+  with_group_norm(c, channels_last, given, [&](const auto& norm, const auto&, auto zero) { norm.forward(static_cast<decltype(zero)*>(y), eps); });
+}
+
+// over all samples, of weight*dt*x_hat and of weight*dt: (2, C)
+template <typename A>
+Buffer<A> batch_means(const A* sums, const Affine<A>& affine, const Shape& s) {
+  auto means = buffer<A>(2 * s.C);
+  for (int64_t i = 0; i < 2 * s.C; i++) {
+    const int64_t c = i % s.C;
+    double total = 0;
+    for (int64_t n = 0; n < s.N; n++) total += static_cast<double>(affine.weight[n * affine.stride + c]) * sums[(i / s.C * s.N + n) * s.C + c];
+    means[i] = static_cast<A>(total / (static_cast<double>(s.N) * s.S));
+  }
+  return means;
+}
+
+struct Gradients {
+  void *dx, *dresidual, *dy;
+  Parameter dweight, dbias;
+};
+
+void backward(const Call& c, bool channels_last, const Statistics& given, const Gradients& out) {
+  const bool twice = given.batch && c.per_sample();  // as a frozen norm, for the sums and then with their means
+  with_group_norm(c, channels_last, twice ? Statistics{1, nullptr, false} : given, [&](auto norm, const auto& common, auto zero) {
+    using T = decltype(zero);
+    const Shape& s = common.s;
+    const T* dy = static_cast<const T*>(out.dy);
+    T *dx = static_cast<T*>(out.dx), *dt = static_cast<T*>(out.dresidual);
+    auto sums = buffer<Acc<T>>(2 * s.sums());
+    norm.backward(twice ? nullptr : dx, twice ? nullptr : dt, sums.get(), dy);
+    parameter_gradient(out.dweight, sums.get(), s.samples() / out.dweight.rows, s.C);
+    parameter_gradient(out.dbias, sums.get() + s.sums(), s.samples() / out.dbias.rows, s.C);
+    if (!twice || (!dx && !dt)) return;
+    const auto means = batch_means(sums.get(), common.affine, s);
+    norm.means = means.get();
+    norm.backward(dx, dt, sums.get(), dy);
+  });
+}
+
+struct Running {
+  void *mean, *var;
+  int64_t dtype;
+};
+
+// f(statistics of x, mean, var) in their types
+template <typename F>
+void with_running(const Call& c, const Running& running, const F& f) {
+  with_type(running.dtype, [&](auto zero) {
+    using P = decltype(zero);
+    P *mean = static_cast<P*>(running.mean), *var = static_cast<P*>(running.var);
+    if (c.dtype == 3)
+      f(static_cast<double*>(c.stats), mean, var);
+    else
+      f(static_cast<float*>(c.stats), mean, var);
+  });
+}
+
+void update(const Call& c, const Running& running, double momentum) {
+  with_running(c, running, [&](const auto* stats, auto* mean, auto* var) {
+    auto step = [&](auto* p, double value) {
+      const double before = load<1>(p);
+      store(p, static_cast<decltype(load<1>(p))>(before + momentum * (value - before)));
+    };
+    for (int64_t i = 0; i < c.C; i++) {
+      step(mean + i, static_cast<double>(stats[i]) + stats[c.C + i]);
+      step(var + i, stats[3 * c.C + i]);
+    }
+  });
+}
+
+void take(const Call& c, const Running& running, double eps) {  // as the statistics
+  with_running(c, running, [&](auto* stats, const auto* mean, const auto* var) {
+    using A = std::remove_pointer_t<decltype(stats)>;
+    const SavedStats<A> saved{stats, c.C, true};
+    for (int64_t i = 0; i < c.C; i++) saved.set(i, finish<A>(load<1>(mean + i), {1, 0, static_cast<double>(load<1>(var + i))}, eps));
   });
 }
 
@@ -177,6 +277,11 @@ struct Arguments {  // positional, in the order of the calls in normops/cpu.py
     const auto activation = static_cast<Activation>(integer());
     return {x, residual, stats, dtype, weight, bias, N, C, S, G, activation, real()};
   }
+  Gradients gradients() {
+    void *dx = pointer(), *dresidual = pointer(), *dy = pointer();
+    const Parameter dweight = parameter();
+    return {dx, dresidual, dy, dweight, parameter()};
+  }
 };
 
 // Run f without the interpreter's lock once the arguments are read
@@ -209,30 +314,44 @@ PyObject* group_norm_fwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Call c = arguments.call();
   const bool channels_last = arguments.integer() != 0;
   const int64_t frozen = arguments.integer();
-  return run([&] {
-    with_group_norm(c, channels_last, frozen, [&](const auto& norm, const auto&, auto zero) { norm.forward(static_cast<decltype(zero)*>(y), eps); });
-  });
+  return run([&] { forward(c, channels_last, {frozen, nullptr, false}, y, eps); });
 }
 
 PyObject* group_norm_bwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (!expect(count, 27)) return nullptr;
+  if (!expect(count, 28)) return nullptr;
   Arguments arguments{args};
-  void *dx = arguments.pointer(), *dresidual = arguments.pointer(), *dy = arguments.pointer();
-  const Parameter dweight = arguments.parameter(), dbias = arguments.parameter();
+  const Gradients out = arguments.gradients();
+  const void* means = arguments.pointer();
   const Call c = arguments.call();
   const bool channels_last = arguments.integer() != 0;
   const int64_t frozen = arguments.integer();
+  return run([&] { backward(c, channels_last, {frozen, means, false}, out); });
+}
+
+PyObject* batch_norm_fwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 24)) return nullptr;
+  Arguments arguments{args};
+  void* y = arguments.pointer();
+  const double eps = arguments.real(), momentum = arguments.real();
+  Running running{arguments.pointer(), nullptr, arguments.integer()};
+  running.var = arguments.pointer();
+  const bool frozen = arguments.integer() != 0;
+  const Call c = arguments.call();
+  const bool channels_last = arguments.integer() != 0;
   return run([&] {
-    with_group_norm(c, channels_last, frozen, [&](const auto& norm, const auto& common, auto zero) {
-      using T = decltype(zero);
-      using A = Acc<T>;
-      const int64_t N = common.s.N, size = N * c.C;
-      auto sums = buffer<A>(2 * size);
-      norm.backward(static_cast<T*>(dx), static_cast<T*>(dresidual), sums.get(), static_cast<const T*>(dy));
-      parameter_gradient(dweight, sums.get(), N / dweight.rows, c.C);
-      parameter_gradient(dbias, sums.get() + size, N / dbias.rows, c.C);
-    });
+    if (frozen) take(c, running, eps);
+    forward(c, channels_last, {frozen, nullptr, !frozen || c.S < kShort}, y, eps);  // frozen planes in the order of memory
+    if (running.mean && !frozen) update(c, running, momentum);
   });
+}
+
+PyObject* batch_norm_bwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 27)) return nullptr;
+  Arguments arguments{args};
+  const Gradients out = arguments.gradients();
+  const Call c = arguments.call();
+  const bool channels_last = arguments.integer() != 0, frozen = arguments.integer() != 0;
+  return run([&] { backward(c, channels_last, {frozen, nullptr, true}, out); });
 }
 
 PyObject* row_norm_fwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -283,6 +402,7 @@ PyMethodDef method(const char* name, F* function) {
 PyMODINIT_FUNC PyInit__C() {
   using namespace normops;
   static PyMethodDef methods[] = {method("group_norm_fwd", group_norm_fwd), method("group_norm_bwd", group_norm_bwd),
+                                  method("batch_norm_fwd", batch_norm_fwd), method("batch_norm_bwd", batch_norm_bwd),
                                   method("row_norm_fwd", row_norm_fwd), method("row_norm_bwd", row_norm_bwd), {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

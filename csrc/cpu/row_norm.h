@@ -108,7 +108,7 @@ class RowNorm {
 
   Moments chunk_moments(T* total, const T* addend, int64_t row, int64_t chunk, A& center) const {  // the first chunk sets the center
     const T* start = add_chunk(total, addend, row * D + chunk * kChunk, length(chunk));
-    if (s.centered) return loop.moments(start, length(chunk), center, chunk > 0);
+    if (s.centered) return loop.moments(start, {1, length(chunk), 0, 0}, center, chunk > 0);
     center = 0;
     return {static_cast<double>(length(chunk)), 0, loop.squares(start, length(chunk))};
   }

@@ -4,7 +4,7 @@
 //   forward   x_hat = fma(x - mean, rstd, -mean_lo*rstd)     t = x_hat*weight + bias (+ residual)     y = act(t)
 //   backward  dt = dy*act'(t)     P, Q = sum of weight*dt, weight*dt*x_hat over what shares the statistic
 //             dx = (rstd*weight)*dt + c2*x_hat + c3       c2 = -rstd*Q/n       c3 = -rstd*P/n       dresidual = dt
-//   Not centered (RMS): hi = lo = c3 = 0. Given statistics: c2 = c3 = 0.
+//   Not centered (RMS): hi = lo = c3 = 0. Given statistics: c2 = c3 = 0, or from given means P/n, Q/n.
 //
 // groups.cuh has a statistic for all positions of D channels, rows.cuh one for each position. A thread reads and writes V neighbours at a time
 // (16 bytes, or V = 1). Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
@@ -62,48 +62,64 @@ __device__ __forceinline__ void store(T* p, const Vec<T, V>& value) {
   *reinterpret_cast<Vec<T, V>*>(p) = value;
 }
 
-struct Parameter {  // weight or bias, rows of C in any dtype, or absent
-  const void* data;
+struct Values {  // in any dtype, or none
+  void* data;
   ScalarType dtype;
-  int64_t samples;  // to a row
-  double offset;    // added to each
-  int64_t start;    // where the row of the sample at hand begins
 
-  // those of channels c, c + 1, ...
+  // body(pointer)
+  template <typename Body>
+  __device__ void typed(Body body) const {
+    switch (dtype) {
+      case ScalarType::Half: return body(static_cast<Half*>(data));
+      case ScalarType::BFloat16: return body(static_cast<BFloat16*>(data));
+      case ScalarType::Double: return body(static_cast<double*>(data));
+      default: return body(static_cast<float*>(data));
+    }
+  }
+  __device__ void set(int64_t i, double value) const {
+    typed([&](auto* p) {
+      using T = std::remove_pointer_t<decltype(p)>;
+      p[i] = static_cast<T>(static_cast<Accumulator<T>>(value));
+    });
+  }
+  // old value + momentum*(value - old value)
+  __device__ void move(int64_t i, double value, double momentum) const {
+    double old = 0;
+    typed([&](const auto* p) { old = static_cast<double>(p[i]); });
+    set(i, old + momentum * (value - old));
+  }
+};
+
+struct Parameter : Values {  // weight or bias, rows of C, or absent
+  int64_t samples;           // to a row
+  double offset;             // added to each
+  int64_t start;             // where the row of the sample at hand begins
+
+  // those of channels c, c + 1, ..., each of `channels` channels
   template <int K, typename A>
-  __device__ void read(A (&values)[K], int64_t c, A absent) const {
-    const auto from = [&](auto typed) {
-      const auto row = load<K>(typed + start + c);
-#pragma unroll
-      for (int k = 0; k < K; k++) values[k] = static_cast<A>(row.at[k]) + static_cast<A>(offset);
-    };
+  __device__ __forceinline__ void read(A (&values)[K], int c, A absent, int channels = 1) const {
     if (!data) {
 #pragma unroll
       for (int k = 0; k < K; k++) values[k] = absent;
       return;
     }
-    switch (dtype) {
-      case ScalarType::Half: return from(static_cast<const Half*>(data));
-      case ScalarType::BFloat16: return from(static_cast<const BFloat16*>(data));
-      case ScalarType::Double: return from(static_cast<const double*>(data));
-      default: return from(static_cast<const float*>(data));
-    }
+    typed([&](const auto* p) {
+      if (channels > 1) {
+#pragma unroll
+        for (int k = 0; k < K; k++) values[k] = static_cast<A>(p[start + (c + k) / channels]);
+      } else {
+        const auto row = load<K>(p + start + c);
+#pragma unroll
+        for (int k = 0; k < K; k++) values[k] = static_cast<A>(row.at[k]);
+      }
+    });
+#pragma unroll
+    for (int k = 0; k < K; k++) values[k] += static_cast<A>(offset);
   }
 };
 
-struct Gradient {  // dweight or dbias: of each row of C, the sum of `partials` of them; or not wanted
-  void* data;
-  ScalarType dtype;
+struct Gradient : Values {  // dweight or dbias: of each row of C, the sum of `partials` of them; or not wanted
   int64_t partials, size, C;
-
-  __device__ void set(int64_t i, double value) const {
-    switch (dtype) {
-      case ScalarType::Half: static_cast<Half*>(data)[i] = static_cast<Half>(static_cast<float>(value)); break;
-      case ScalarType::BFloat16: static_cast<BFloat16*>(data)[i] = static_cast<BFloat16>(static_cast<float>(value)); break;
-      case ScalarType::Double: static_cast<double*>(data)[i] = value; break;
-      default: static_cast<float*>(data)[i] = static_cast<float>(value);
-    }
-  }
 };
 
 template <typename A>
@@ -125,9 +141,24 @@ struct Saved {  // statistics: mean, mean_lo and rstd, `count` of each, or rstd 
   }
 };
 
+struct Running {  // what batch norm keeps besides statistics: the unbiased variance; running mean and variance, or none
+  Values unbiased, mean, var;
+  double momentum;
+
+  template <typename A>
+  __device__ void update(int64_t i, const Stats<A>& stats, const Moments& m) const {
+    if (!unbiased.data) return;
+    const double variance = m.count > 1 ? m.m2 / (m.count - 1) : 0;
+    unbiased.set(i, variance);
+    if (!mean.data) return;
+    mean.move(i, static_cast<double>(stats.mean) + stats.mean_lo, momentum);
+    var.move(i, variance, momentum);
+  }
+};
+
 struct Problem {
-  int64_t N, S;
-  int C, G, D;
+  int64_t N, S, together;   // `together` samples share a statistic: 1, or N
+  int C, G, D, per_weight;  // `per_weight` channels have the same weight and bias: 1, or D
   Parameter weight, bias;
   Activation activation;
   double slope;

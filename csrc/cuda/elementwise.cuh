@@ -14,10 +14,10 @@ struct Channel {
 
 // channels c, c + 1, ... for k, k + P, ...; stats_of(k) are the statistics of the k-th of K
 template <int P, int K, typename A, typename StatsOf>
-__device__ __forceinline__ void read_channels(Channel<A> (&channels)[K], const Problem& p, int c, StatsOf stats_of) {
+__device__ __forceinline__ void read_channels(Channel<A> (&channels)[K], const Problem& p, int c, StatsOf stats_of, int per_weight = 1) {
   A weight[P], bias[P];
-  p.weight.read(weight, c, A(1));
-  p.bias.read(bias, c, A(0));
+  p.weight.read(weight, c, A(1), per_weight);
+  p.bias.read(bias, c, A(0), per_weight);
 #pragma unroll
   for (int k = 0; k < K; k++) {
     const Stats<A> stats = stats_of(k);

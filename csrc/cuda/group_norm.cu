@@ -1,4 +1,4 @@
-// The operators normops_CUDA::group_norm_fwd and group_norm_bwd: which kernels run on which sizes, their workspace, their launches.
+// The operators group_norm_fwd and _bwd, batch_norm_fwd and _bwd of normops_CUDA: which kernels run on which sizes, their workspace, their launches.
 #include <Python.h>
 
 #include "groups.cuh"
@@ -9,11 +9,13 @@ namespace {
 
 // Sizes by reasoning, not by measurement. They depend on the shape alone, so that the order of the sums does too.
 constexpr int64_t kHeldBytes = 32 << 10;   // x of a block in shared memory: several blocks fit on one SM of every GPU since sm_80
-constexpr int64_t kGroupBytes = 32 << 10;  // x of a group up to here: one block for it, at most kHeldBytes
+constexpr int64_t kGroupBytes = 32 << 10;  // x of a statistic up to here: one block for it, at most kHeldBytes
 constexpr int64_t kLastBytes = 1 << 20;    // ... channels last only if all of x is below this: one launch with short reads beats three
+constexpr int64_t kOddBytes = 4 << 20;     // ... or this, where a plane of batch norm is no multiple of 16 bytes: one element at a time
 constexpr int64_t kVectorsPerThread = 2;   // group kernels: fewer threads rather than less than this for each
 constexpr int64_t kBlocks = 2048;          // split kernels: longer tiles rather than more blocks; 16 for each SM of an H200
 constexpr int64_t kMaxSteps = 64;          // ... but no thread goes over more vectors
+constexpr int64_t kSmallPlane = 256;       // batch norm: positions below which neighbours are taken across channels; a warp has no 32 vectors in one
 
 // `width` elements at a time, at most `max_steps` of them for each thread
 Split split_of(const Problem& p, bool last, int width, int64_t max_steps) {
@@ -30,97 +32,174 @@ Split split_of(const Problem& p, bool last, int width, int64_t max_steps) {
   while (steps < max_steps && steps * positions < p.S && vectors > kBlocks * kThreads * steps) steps *= 2;
   split.positions = static_cast<int>(steps * positions);
   split.tiles = ceil_div(p.S, split.positions);
+  STD_TORCH_CHECK(p.together * p.D * split.tiles <= INT_MAX, "normops: too many elements share a statistic");
   split.channel_blocks = static_cast<int>(last ? ceil_div(across, split.lanes) : 1);
   split.blocks = last ? p.N * split.tiles * split.channel_blocks : ceil_div(p.N * p.C * split.tiles, kThreads / split.lanes);
   return split;
 }
 
-// Where one position has all in common with the others but x: samples are positions, of channels last.
-bool fold_samples(Problem& p, bool frozen, int64_t stats_rows, std::initializer_list<const OptionalTensor*> vectors) {
-  const auto shared = [&](const OptionalTensor* vector) { return vector_rows(*vector, p.C) == 1; };
-  if (!frozen || p.S > 1 || stats_rows > 1 || !std::all_of(vectors.begin(), vectors.end(), shared)) return false;
-  std::swap(p.N, p.S);
-  return true;
+struct View {  // of x, for the kernels
+  Problem p;
+  bool last, by_group;  // channels last; a block for each statistic
+};
+
+// whether a statistic is left to one block; an element of x has `size` bytes
+bool fits_block(const Problem& p, bool last, int64_t size) {
+  const int64_t plane = p.S * size, most = last ? kLastBytes : p.together > 1 && plane % 16 != 0 ? kOddBytes : INT64_MAX;
+  return p.together * p.D * plane <= kGroupBytes && p.N * p.C * plane <= most;
 }
 
-void group_norm_fwd(OptionalTensor y, OptionalTensor stats, Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, int64_t N,
-                    int64_t C, int64_t num_groups, bool channels_last, bool frozen, double eps, int64_t activation, double negative_slope) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+bool shared(const Problem& p) { return p.weight.samples == p.N && p.bias.samples == p.N; }
+
+View view_of_groups(Problem p, bool channels_last, bool frozen, int64_t stats_rows, int64_t size) {
+  if (frozen && p.S == 1 && stats_rows == 1 && shared(p)) {  // positions have all in common but x: samples are positions, of channels last
+    std::swap(p.N, p.S);
+    return {p, true, false};
+  }
+  const bool last = channels_last && p.S > 1;
+  return {p, last, !frozen && fits_block(p, last, size)};
+}
+
+// Batch norm as a group norm of one sample where vectors are shared: with channels last always; otherwise (groups.cuh) in forward for a block
+// for each channel, and where a channel has few positions.
+View view_of_batch(Problem p, bool channels_last, bool backward, int64_t size) {
+  if (channels_last && shared(p)) {
+    p.S *= p.N;
+    p.N = 1;
+    return {p, true, fits_block(p, true, size)};
+  }
+  const bool last = channels_last && p.S > 1;
+  p.together = p.N;
+  const bool by_group = !last && fits_block(p, false, size);
+  if (last || p.N == 1 || !shared(p) || p.C * p.S > INT_MAX / 2 || (by_group ? backward : p.S >= kSmallPlane)) {
+    return {p, last, by_group && (backward || p.N == 1)};
+  }
+  p.per_weight = p.D = static_cast<int>(p.S);
+  p.C *= p.D;
+  p.S = p.N;
+  p.N = p.together = 1;
+  return {p, true, by_group};
+}
+
+void run_fwd(const View& view, bool frozen, double eps, const Running& running, const OptionalTensor& y, const OptionalTensor& stats, const Tensor& x,
+             const OptionalTensor& residual) {
+  const Problem& p = view.p;
   const Launcher launch(x);
-  Problem p = problem_of(x, weight, bias, N, C, num_groups, 0, activation, negative_slope);
-  const bool folded = fold_samples(p, frozen, stats ? stats->numel() / (3 * num_groups) : 1, {&weight, &bias});
   with_types(x.scalar_type(), (y ? *y : x).scalar_type(), [&](auto t, auto u) {
     using T = decltype(t);
     using Y = decltype(u);
     using A = Accumulator<T>;
     const T *in = static_cast<const T*>(x.data_ptr()), *added = data<const T>(residual);
     Y* out = data<Y>(y);
-    const int64_t groups = p.N * p.G, n = p.D * p.S, bytes = n * sizeof(T);
-    Saved<A> saved{data<A>(stats), frozen ? stats->numel() / 3 : groups, true};
-    const bool last = folded || (channels_last && p.S > 1);
-    const bool by_group = !frozen && bytes <= kGroupBytes && (!last || groups * bytes <= kLastBytes);
-    with_width<Y>(!last ? p.S : by_group ? p.D : p.C, {in, added, out, p.weight.data, p.bias.data}, last, [&](auto width, auto is_last) {
+    const int64_t statistics = p.N / p.together * p.G, n = p.together * p.D * p.S;
+    Saved<A> saved{data<A>(stats), frozen ? stats->numel() / 3 : statistics, true};
+    const int64_t run = !view.last ? p.S : view.by_group ? p.D : p.C;
+    with_width<Y>(run, {in, added, out, p.weight.data, p.bias.data}, view.last, [&](auto width, auto is_last) {
       constexpr int V = width();
       constexpr bool LAST = is_last();
-      if (by_group) {
+      if (view.by_group) {
         const int threads = power_of_two(ceil_div(n, V * kVectorsPerThread), 32, kThreads);
-        return launch(group_fwd_kernel<T, Y, V, LAST>, groups, 1, threads, bytes, p, eps, in, added, out, saved);
+        return launch(group_fwd_kernel<T, Y, V, LAST>, statistics, 1, threads, n * sizeof(T), p, eps, in, added, out, saved, running);
       }
       const int64_t bytes_per_step = kThreads * V * sizeof(T);
       const Split split = split_of(p, LAST, V, std::min(kMaxSteps, kHeldBytes / bytes_per_step));
       const auto apply = [&] { launch(apply_fwd_kernel<T, Y, V, LAST>, split.blocks, 1, kThreads, 0, p, split, in, added, saved, out); };
       if (frozen) return apply();
       const int64_t steps = ceil_div(split.positions, LAST ? kThreads / split.lanes : split.lanes * V), chunks = p.N * split.tiles * p.C;
-      Workspace workspace(x, chunks * sizeof(Chunk<A>) + 8 * (stats ? 0 : 3 * groups));
+      Workspace workspace(x, chunks * sizeof(Chunk<A>) + 8 * (stats ? 0 : 3 * statistics));
       Chunk<A>* partial = workspace.take<Chunk<A>>(chunks);
-      if (!stats) saved.data = workspace.take<A>(3 * groups);
+      if (!stats) saved.data = workspace.take<A>(3 * statistics);
       launch(moments_kernel<T, V, LAST>, split.blocks, 1, kThreads, steps * bytes_per_step, p, split, in, partial);
-      launch(fold_moments_kernel<A>, groups, 1, kThreads, 0, p, split, eps, partial, saved);
+      launch(fold_moments_kernel<A>, statistics, 1, kThreads, 0, p, split, eps, partial, saved, running);
       if (y) apply();
     });
   });
 }
 
-void group_norm_bwd(OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual, Tensor dy, Tensor x, Tensor stats,
-                    OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, int64_t N, int64_t C, int64_t num_groups, bool channels_last,
-                    bool frozen, int64_t activation, double negative_slope) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+void run_bwd(const View& view, bool frozen, const OptionalTensor& means, const OptionalTensor& dx, const OptionalTensor& dweight,
+             const OptionalTensor& dbias, const OptionalTensor& dresidual, const Tensor& dy, const Tensor& x, const Tensor& stats,
+             const OptionalTensor& residual) {
+  const Problem& p = view.p;
   const Launcher launch(x);
-  Problem p = problem_of(x, weight, bias, N, C, num_groups, 0, activation, negative_slope);
-  const bool folded = fold_samples(p, frozen, stats.numel() / (3 * num_groups), {&weight, &bias});
   with_types(x.scalar_type(), dy.scalar_type(), [&](auto t, auto u) {
     using T = decltype(t);
     using Y = decltype(u);
     using A = Accumulator<T>;
-    const bool last = folded || (channels_last && p.S > 1);
-    const Saved<A> saved{static_cast<A*>(stats.data_ptr()), stats.numel() / 3, true};
+    const int64_t channels = p.N * p.C, statistics = p.N / p.together * p.G;
+    const Saved<A> saved{static_cast<A*>(stats.data_ptr()), frozen ? stats.numel() / 3 : statistics, true};
     const Backward<A, T, Y> b = backward<A, T, Y>(p, dx, dresidual, dy, {}, x, residual, saved);
-    const int64_t channels = p.N * p.C, groups = p.N * p.G;
-    const bool parameters = dweight || dbias, reduced = parameters || (dx && !frozen);
-    with_width<Y>(last ? p.C : p.S, {b.dx, b.dresidual, b.dy, b.x, b.residual, p.weight.data, p.bias.data}, last, [&](auto width, auto is_last) {
+    const bool parameters = dweight || dbias, reduced = parameters || (dx && !frozen), at_once = frozen && !means;
+    const int64_t run = view.last ? p.C : p.S;
+    with_width<Y>(run, {b.dx, b.dresidual, b.dy, b.x, b.residual, p.weight.data, p.bias.data}, view.last, [&](auto width, auto is_last) {
       constexpr int V = width();
       constexpr bool LAST = is_last();
       if constexpr (!LAST) {
-        if (!frozen && reduced && p.D * p.S * static_cast<int64_t>(sizeof(T)) <= kGroupBytes) {
-          const int threads = power_of_two(ceil_div(p.D * p.S, V * kVectorsPerThread), 32, kThreads);
+        if (view.by_group && reduced) {
+          const int threads = power_of_two(ceil_div(p.together * p.D * p.S, V * kVectorsPerThread), 32, kThreads);
           const int lanes = p.S / V >= threads ? threads : power_of_two(p.S / V, 1, 32);
           Workspace workspace(x, 8 * 2 * channels);
           A* sums = workspace.take<A>(2 * channels);
-          launch(group_bwd_kernel<T, Y, V>, groups, 1, threads, 0, p, lanes, b, sums);
+          launch(group_bwd_kernel<T, Y, V>, statistics, 1, threads, 0, p, lanes, b, sums);
           if (parameters) parameter_grads(launch, sums, p.N, p.C, dweight, dbias);
           return;
         }
       }
       const Split split = split_of(p, LAST, V, kMaxSteps);
-      Workspace workspace(x, reduced ? 8 * (2 * channels * split.tiles + 2 * channels + 2 * groups) : 0);
+      const int64_t rows = p.N * split.tiles;
+      Workspace workspace(x, reduced ? 8 * (2 * rows * p.C + 2 * channels + 2 * statistics) : 0);
       const auto take = [&](int64_t count, bool wanted) { return wanted ? workspace.take<A>(count) : nullptr; };
-      A *partial = take(2 * channels * split.tiles, reduced), *sums = take(2 * channels, reduced), *c2c3 = take(2 * groups, reduced && !frozen);
-      if (reduced || frozen) launch(sums_kernel<T, Y, V, LAST>, split.blocks, 1, kThreads, 0, p, split, b, frozen, partial);
-      if (reduced) launch(fold_sums_kernel<A>, groups, 1, kThreads, 0, p, split, partial, b.stats, sums, c2c3);
-      if (!frozen && (dx || dresidual)) launch(apply_bwd_kernel<T, Y, V, LAST>, split.blocks, 1, kThreads, 0, p, split, b, c2c3);
-      if (parameters) parameter_grads(launch, sums, p.N, p.C, dweight, dbias);
+      A *partial = take(2 * rows * p.C, reduced), *own = take(2 * statistics, reduced && !frozen);
+      if (reduced || at_once) launch(sums_kernel<T, Y, V, LAST>, split.blocks, 1, kThreads, 0, p, split, b, at_once, partial);
+      if (reduced && p.together == p.N && p.D == p.per_weight) {
+        const bool each = p.N > p.weight.samples || p.N > p.bias.samples;  // sample has its own vectors
+        const auto fold = each ? fold_channels_kernel<A, true> : fold_channels_kernel<A, false>;
+        launch(fold, statistics, 1, kThreads, 0, p, split, partial, values(dbias), values(dweight), own);
+        if (each && parameters) parameter_grads(launch, partial, rows, p.C, dweight, dbias);
+      } else if (reduced) {
+        A* sums = take(2 * channels, true);
+        launch(fold_sums_kernel<A>, statistics, 1, kThreads, 0, p, split, partial, sums, own);
+        if (parameters) parameter_grads(launch, sums, p.N, p.C, dweight, dbias);
+      }
+      const A* all = means ? data<const A>(means) : own;
+      if (!at_once && (dx || dresidual)) launch(apply_bwd_kernel<T, Y, V, LAST>, split.blocks, 1, kThreads, 0, p, split, b, all);
     });
   });
+}
+
+void group_norm_fwd(OptionalTensor y, OptionalTensor stats, Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, int64_t N,
+                    int64_t C, int64_t num_groups, bool channels_last, bool frozen, double eps, int64_t activation, double negative_slope) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Problem p = problem_of(x, weight, bias, N, C, num_groups, 0, activation, negative_slope);
+  const View view = view_of_groups(p, channels_last, frozen, stats ? stats->numel() / (3 * num_groups) : 1, x.element_size());
+  run_fwd(view, frozen, eps, {}, y, stats, x, residual);
+}
+
+void group_norm_bwd(OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual, Tensor dy, Tensor x, Tensor stats,
+                    OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, OptionalTensor means, int64_t N, int64_t C,
+                    int64_t num_groups, bool channels_last, bool frozen, int64_t activation, double negative_slope) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Problem p = problem_of(x, weight, bias, N, C, num_groups, 0, activation, negative_slope);
+  const View view = view_of_groups(p, channels_last, frozen, stats.numel() / (3 * num_groups), x.element_size());
+  run_bwd(view, frozen, means, dx, dweight, dbias, dresidual, dy, x, stats, residual);
+}
+
+void batch_norm_fwd(OptionalTensor y, Tensor stats, OptionalTensor running_mean, OptionalTensor running_var, Tensor x, OptionalTensor weight,
+                    OptionalTensor bias, OptionalTensor residual, int64_t N, int64_t C, bool channels_last, double momentum, double eps,
+                    int64_t activation, double negative_slope) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Problem p = problem_of(x, weight, bias, N, C, C, 0, activation, negative_slope);
+  const View view = view_of_batch(p, channels_last, false, x.element_size());
+  const Values unbiased{static_cast<char*>(stats.data_ptr()) + 3 * C * stats.element_size(), stats.scalar_type()};
+  run_fwd(view, false, eps, {unbiased, values(running_mean), values(running_var), momentum}, y, stats, x, residual);
+}
+
+void batch_norm_bwd(OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual, Tensor dy, Tensor x, Tensor stats,
+                    OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, int64_t N, int64_t C, bool channels_last,
+                    int64_t activation, double negative_slope) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Problem p = problem_of(x, weight, bias, N, C, C, 0, activation, negative_slope);
+  const View view = view_of_batch(p, channels_last, true, x.element_size());
+  run_bwd(view, false, {}, dx, dweight, dbias, dresidual, dy, x, stats, residual);
 }
 
 }  // namespace
@@ -132,13 +211,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(normops_CUDA, m) {
       "bool channels_last, bool frozen, float eps, int activation, float negative_slope) -> ()");
   m.def(
       "group_norm_bwd(Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dresidual, Tensor dy, Tensor x, Tensor stats, "
-      "Tensor? weight, Tensor? bias, Tensor? residual, int N, int C, int num_groups, bool channels_last, bool frozen, int activation, "
-      "float negative_slope) -> ()");
+      "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? means, int N, int C, int num_groups, bool channels_last, bool frozen, "
+      "int activation, float negative_slope) -> ()");
+  m.def(
+      "batch_norm_fwd(Tensor(a!)? y, Tensor(b!) stats, Tensor(c!)? running_mean, Tensor(d!)? running_var, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, int N, int C, bool channels_last, float momentum, float eps, int activation, float negative_slope) -> ()");
+  m.def(
+      "batch_norm_bwd(Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dresidual, Tensor dy, Tensor x, Tensor stats, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, int N, int C, bool channels_last, int activation, float negative_slope) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normops_CUDA, CUDA, m) {
   m.impl("group_norm_fwd", TORCH_BOX(&normops::group_norm_fwd));
   m.impl("group_norm_bwd", TORCH_BOX(&normops::group_norm_bwd));
+  m.impl("batch_norm_fwd", TORCH_BOX(&normops::batch_norm_fwd));
+  m.impl("batch_norm_bwd", TORCH_BOX(&normops::batch_norm_bwd));
 }
 
 // an importable module, although loading it as a library is all that is needed

@@ -78,12 +78,16 @@ T* data(const OptionalTensor& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
+Values values(const OptionalTensor& tensor) {
+  if (!tensor) return {nullptr, ScalarType::Float};
+  return {tensor->data_ptr(), tensor->scalar_type()};
+}
+
 // rows of C elements in a weight or a bias
 int64_t vector_rows(const OptionalTensor& vector, int64_t C) { return vector ? vector->numel() / C : 1; }
 
 Parameter parameter(const OptionalTensor& vector, int64_t N, int64_t C, double offset) {
-  if (!vector) return {nullptr, ScalarType::Float, N, 0, 0};
-  return {vector->data_ptr(), vector->scalar_type(), N / vector_rows(vector, C), offset, 0};
+  return {values(vector), N / vector_rows(vector, C), offset, 0};
 }
 
 Problem problem_of(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t N, int64_t C, int64_t num_groups, double offset,
@@ -91,7 +95,7 @@ Problem problem_of(const Tensor& x, const OptionalTensor& weight, const Optional
   STD_TORCH_CHECK(C <= INT_MAX, "normops: too many channels");
   const int channels = static_cast<int>(C), groups = static_cast<int>(num_groups);
   const Parameter scale = parameter(weight, N, C, offset), shift = parameter(bias, N, C, 0);
-  return {N, x.numel() / (N * C), channels, groups, channels / groups, scale, shift, static_cast<Activation>(activation), slope};
+  return {N, x.numel() / (N * C), 1, channels, groups, channels / groups, 1, scale, shift, static_cast<Activation>(activation), slope};
 }
 
 // what a backward kernel reads and writes; without an activation no residual is read
@@ -107,8 +111,7 @@ Backward<A, T, Y> backward(const Problem& p, const OptionalTensor& dx, const Opt
 template <typename A>
 void parameter_grads(const Launcher& launch, const A* sums, int64_t rows, int64_t C, const OptionalTensor& dweight, const OptionalTensor& dbias) {
   const auto gradient = [&](const OptionalTensor& tensor) {
-    if (!tensor) return Gradient{nullptr, ScalarType::Float, 0, 0, C};
-    return Gradient{tensor->data_ptr(), tensor->scalar_type(), rows / vector_rows(tensor, C), tensor->numel(), C};
+    return Gradient{values(tensor), rows / vector_rows(tensor, C), tensor ? tensor->numel() : 0, C};
   };
   const Gradient bias = gradient(dbias), weight = gradient(dweight);
   launch(parameter_grads_kernel<A>, ceil_div(std::max(bias.size, weight.size), 32), 2, kThreads, 0, sums, rows * C, bias, weight);

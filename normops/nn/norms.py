@@ -1,10 +1,4 @@
-"""Drop-in modules: torch.nn's constructors, state_dicts and representations, plus what the kernels fuse.
-
-Each is a subclass of the torch module of its name, with the keywords `activation` and `negative_slope`. Calls take ``residual`` of the input's shape,
-and ``scale``, ``shift``, one vector per sample::
-
-    GroupNorm(32, C, activation="silu")(x)  ==  F.silu(torch.nn.GroupNorm(32, C)(x))
-"""
+"""Modules with statistics of a sample or of a position: group, instance, layer and RMS norm."""
 
 import warnings
 from typing import Any
@@ -15,8 +9,11 @@ from torch import Tensor
 from normops import functional
 
 
-class _Fused(torch.nn.Module):
+class Fused(torch.nn.Module):
     """The fused activation of a module whose torch class follows in its bases."""
+
+    activation = "none"  # of the class too, for modules that `convert` makes ours
+    negative_slope = 0.01
 
     def __init__(self, *args, activation: str = "none", negative_slope: float = 0.01, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +34,7 @@ class _Fused(torch.nn.Module):
         return text
 
 
-class GroupNorm(_Fused, torch.nn.GroupNorm):
+class GroupNorm(Fused, torch.nn.GroupNorm):
     """``torch.nn.GroupNorm`` by :func:`normops.group_norm`."""
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -45,7 +42,7 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **options)
 
 
-class _InstanceNorm(_Fused, torch.nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Fused, torch.nn.modules.instancenorm._InstanceNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
         single = input.dim() == self._get_no_batch_dim()  # (C, *spatial)
@@ -76,7 +73,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """``torch.nn.InstanceNorm3d`` of ``(N, C, D, H, W)`` or ``(C, D, H, W)`` by :func:`normops.instance_norm`."""
 
 
-class AdaptiveInstanceNorm(_Fused):
+class AdaptiveInstanceNorm(Fused):
     """:func:`normops.adaptive_instance_norm` of content and style."""
 
     def __init__(self, eps: float = 1e-5, **kwargs) -> None:
@@ -92,10 +89,11 @@ class AdaptiveInstanceNorm(_Fused):
         return f"eps={self.eps}" + super().extra_repr()
 
 
-class _RowNorm(_Fused):
+class _RowNorm(Fused):
     """What layer norm and RMS norm add: `weight_offset`, the dimension, and the sum with an `addend` before it."""
 
     dim: int | None = None
+    weight_offset = 0.0
 
     def __init__(self, *args, weight_offset: float = 0.0, **kwargs) -> None:
         self.weight_offset = weight_offset  # reset_parameters, called by the next line, needs it
