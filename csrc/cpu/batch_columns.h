@@ -13,7 +13,8 @@ namespace normops {
 template <typename T>
 class BatchColumns : GroupNorm<T> {
   using Base = GroupNorm<T>;
-  using Base::affine, Base::backward_from, Base::forward_from, Base::frozen, Base::leaves_dt, Base::linear, Base::loop, Base::options, Base::s, Base::saved, Base::x;
+  using Base::affine, Base::backward_from, Base::forward_from, Base::frozen, Base::leaves_dt, Base::linear, Base::loop, Base::options, Base::s,
+      Base::saved, Base::x;
 
  public:
   using A = Acc<T>;
@@ -31,7 +32,7 @@ class BatchColumns : GroupNorm<T> {
     if (!y) return;
     const Columns<A> at = vectors(false, storage.get());
     over_runs(false, [&](int64_t first, int64_t count) {
-      loop.columns(forward_from(y, first * columns, at), count, columns, columns, options);
+      loop.columns(forward_from(y, first * columns, at), count, columns, options);
     });
   }
 
@@ -42,7 +43,7 @@ class BatchColumns : GroupNorm<T> {
     const Columns<A> at = vectors(true, storage.get());
     const auto partial = sums_of_runs([&](A* out, int64_t first, int64_t count) {
       const auto from = backward_from(frozen ? dx : nullptr, frozen || leave ? dt : nullptr, dy, first * columns, at, nullptr);
-      loop.column_sums(out, out + columns, from, count, columns, columns, options);
+      loop.column_sums(out, out + columns, from, count, columns, options);
     });
     fold(partial.get(), [&](int64_t c, double sum_dt_xhat, double sum_dt) {
       sums[c] = static_cast<A>(sum_dt_xhat);
@@ -53,7 +54,7 @@ class BatchColumns : GroupNorm<T> {
     const Base second = leave ? linear() : Base(*this);
     over_runs(false, [&](int64_t first, int64_t count) {
       const auto from = second.backward_from(dx, leave ? nullptr : dt, leave ? dt : dy, first * columns, at, nullptr);
-      loop.column_backward(from, count, columns, columns, second.options);
+      loop.column_backward(from, count, columns, second.options);
     });
   }
 

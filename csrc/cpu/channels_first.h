@@ -8,8 +8,8 @@ namespace normops {
 template <typename T>
 class ChannelsFirst : GroupNorm<T> {
   using Base = GroupNorm<T>;
-  using Base::affine, Base::backward_from, Base::coefficients, Base::D, Base::fold_parts, Base::forward_from, Base::frozen, Base::leaves_dt, Base::linear, Base::loop, Base::options,
-      Base::residual, Base::s, Base::save, Base::saved, Base::x;
+  using Base::affine, Base::backward_from, Base::coefficients, Base::D, Base::fold_parts, Base::forward_from, Base::frozen, Base::leaves_dt,
+      Base::linear, Base::loop, Base::options, Base::residual, Base::s, Base::save, Base::saved, Base::x;
 
  public:
   using A = Acc<T>;
@@ -66,6 +66,7 @@ class ChannelsFirst : GroupNorm<T> {
     const ChannelsFirst second(leave ? linear() : Base(*this));
     const T* second_dy = leave ? dt : dy;
     T *first_dx = frozen ? dx : nullptr, *first_dt = frozen || leave ? dt : nullptr, *second_dt = leave ? nullptr : dt;
+    const T* later = s.batch && s.S <= kFetched ? dx : nullptr;
     auto several = sets > 1 ? buffer<A>(sets * 2 * s.sums()) : nullptr;
     A* partial = several ? several.get() : sums;
     auto fold = [&](int64_t group) {
@@ -77,7 +78,8 @@ class ChannelsFirst : GroupNorm<T> {
         const Block b = block(task);
         const auto kept = apply && !leave ? keep<A>(options.activation, s.n()) : nullptr;
         const Group<A> at{{}, affine.weight + b.channel, affine.bias + b.channel};
-        const auto planes = backward_from(dx, dt, dy, b.group * apart, at, kept.get());
+        auto planes = backward_from(dx, dt, dy, b.group * apart, at, kept.get());
+        planes.later = shifted(later, b.group * apart);
         A* own = sums + b.group * D;
         loop.groups_backward({planes, saved(), b.group, own, own + s.sums(), leave}, b.groups, apart, all, options);
       });
@@ -85,7 +87,7 @@ class ChannelsFirst : GroupNorm<T> {
     if (!frozen && enough(s.groups(), s.n())) {
       return parallel(s.groups(), s.n(), [&](int64_t group) {
         const auto kept = apply && !leave ? keep<A>(options.activation, s.n()) : nullptr;
-        for (int64_t index = 0; index < pieces.count; index++) sum_piece(nullptr, first_dt, partial, dy, group, index, kept.get());
+        for (int64_t index = 0; index < pieces.count; index++) sum_piece(nullptr, first_dt, partial, dy, group, index, kept.get(), later);
         fold(group);
         if (!apply) return;
         const Group<A> at = of(group, sums);
@@ -93,8 +95,7 @@ class ChannelsFirst : GroupNorm<T> {
       });
     }
     const int64_t steps = s.groups() * pieces.count, step_size = s.n() / pieces.count;
-    parallel(steps, step_size,
-             [&](int64_t i) { sum_piece(first_dx, first_dt, partial, dy, i / pieces.count, i % pieces.count, nullptr); });
+    parallel(steps, step_size, [&](int64_t i) { sum_piece(first_dx, first_dt, partial, dy, i / pieces.count, i % pieces.count, nullptr); });
     for (int64_t group = 0; group < s.groups(); group++) fold(group);
     if (!apply) return;
     auto at = buffer<Group<A>>(s.groups());
@@ -107,12 +108,14 @@ class ChannelsFirst : GroupNorm<T> {
 
  private:
   static constexpr int64_t kPiece = 16384;
+  static constexpr int64_t kFetched = 512;  // in planes of a batch up to this, the place of dx is fetched: prefetchers follow long ones
+
   struct Piece {  // elements [begin, begin + length) of `count` planes from `plane` on; several planes are whole
     int64_t plane, count, begin, length, part;
     int64_t offset(const Planes& all) const { return plane * all.stride + begin; }
     Planes planes(const Planes& all) const { return {count, length, all.stride, all.step}; }
   };
-  struct Cut {  // planes into pieces of about `size` elements: parts of one plane, or several planes
+  struct Cut {  // planes in pieces of about `size` elements: parts of one plane, or several planes
     const Planes all;
     const int64_t size;
     const int64_t parts = ceil_div(all.length, size);  // of one plane
@@ -163,10 +166,12 @@ class ChannelsFirst : GroupNorm<T> {
   }
 
   // sums of a piece, into (sets, 2, samples, C)
-  void sum_piece(T* dx, T* dt, A* sums, const T* dy, int64_t group, int64_t index, A* kept) const {
+  void sum_piece(T* dx, T* dt, A* sums, const T* dy, int64_t group, int64_t index, A* kept, const T* later = nullptr) const {
     const Piece p = pieces[index];
+    auto planes = backward_of(dx, dt, dy, of(group), group, p, kept);
+    planes.later = shifted(later, group * apart + p.offset(all));
     A* sum_dt_xhat = sums + (s.batch ? index : p.part) * 2 * s.sums() + group * D + p.plane * all.step;
-    loop.plane_sums(sum_dt_xhat, sum_dt_xhat + s.sums(), backward_of(dx, dt, dy, of(group), group, p, kept), p.planes(all), options);
+    loop.plane_sums(sum_dt_xhat, sum_dt_xhat + s.sums(), planes, p.planes(all), options);
   }
 
   void backward_piece(T* dx, T* dt, const T* dy, const Group<A>& at, int64_t group, int64_t index, A* kept) const {

@@ -173,7 +173,7 @@ class ChannelsLast : GroupNorm<T> {
   }
 
   void apply_block(T* y, const Columns<A>& at, int64_t sample, int64_t block) const {
-    loop.columns(forward_from(y, offset_of(sample, block), at), pixels_of(block), s.C, s.C, options);
+    loop.columns(forward_from(y, offset_of(sample, block), at), pixels_of(block), s.C, options);
   }
 
   void sum_block(T* dx, T* dt, double* out, const T* dy, const Columns<A>& at, int64_t sample, int64_t block, A* kept) const {  // out: (2, C)
@@ -181,13 +181,13 @@ class ChannelsLast : GroupNorm<T> {
     sum_runs<A>(out, 2 * s.C, pixels_of(block), [&](A* sums, int64_t first, int64_t run) {
       const int64_t offset = start + first * s.C;
       const auto columns = backward_from(dx, dt, dy, offset, at, shifted(kept, offset - offset_of(sample, 0)));
-      loop.column_sums(sums, sums + s.C, columns, run, s.C, s.C, options);
+      loop.column_sums(sums, sums + s.C, columns, run, s.C, options);
     });
   }
 
   void backward_block(T* dx, T* dt, const T* dy, const Columns<A>& at, int64_t sample, int64_t block, A* kept) const {
     const int64_t offset = offset_of(sample, block);
-    loop.column_backward(backward_from(dx, dt, dy, offset, at, shifted(kept, offset - offset_of(sample, 0))), pixels_of(block), s.C, s.C, options);
+    loop.column_backward(backward_from(dx, dt, dy, offset, at, shifted(kept, offset - offset_of(sample, 0))), pixels_of(block), s.C, options);
   }
 };
 

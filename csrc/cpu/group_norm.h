@@ -1,6 +1,6 @@
 // Group and batch normalization on the CPU: moments -> fold -> apply, and sums -> fold -> apply backward, over tasks for one or many threads.
 //
-// A batch norm's group is a channel of all samples. Channels last, where nothing tells its samples apart, it is the group norm of one large sample.
+// A group of batch norm is a channel of all samples. Channels last, and where planes are short, batch_columns.h takes it.
 //
 // A task is a whole group (channels first) or a whole sample (channels last) when there are enough of them: its second pass then hits the cache.
 // Otherwise the three steps run one after the other, each over pieces of all groups. Pieces have a fixed size and are merged in index order, in
@@ -53,10 +53,10 @@ struct GroupNorm {
     return {shifted(dx, offset), shifted(dt, offset), dy + offset, x + offset, shifted(residual, offset), at, kept, means != nullptr};
   }
 
-  // Whether the sums leave dt, where it is wanted and not rounded, for the second pass: that one then needs neither activation nor residual.
+  // Whether the sums leave dt where it is wanted, since it is not rounded there: the second pass then needs neither activation nor residual
   bool leaves_dt(const T* dx, const T* dt) const { return dx && dt && !frozen && std::is_same_v<T, A>; }
 
-  GroupNorm linear() const {
+  GroupNorm linear() const {  // the norm of that second pass
     GroupNorm norm = *this;
     norm.residual = nullptr;
     norm.options.activation = Activation::none;

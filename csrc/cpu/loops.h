@@ -83,7 +83,7 @@ struct SavedStats {  // of rows: mean, mean_lo, rstd; of rows that are not cente
     }
     data[(centered ? 2 * count : 0) + i] = s.rstd;
   }
-  // of moments around `base`; the count of `m` may be any multiple of n
+  // of the moments of n elements around `base`, which may be divided by n already
   NORMOPS_ALWAYS Stats<A> save(int64_t i, double base, const Moments& m, double n, double eps) const {
     const Stats<A> s = finish<A>(base, m, eps);
     set(i, s);
@@ -110,8 +110,9 @@ struct Backward {  // dx and, where wanted, dt
   T *dx, *dt;      // where the loops of the sums find them, they store what needs no sums: dt, and dx = a*dt
   const T *dy, *x, *residual;
   Coefficients at;
-  Acc<T>* kept;        // unless null: the sums leave dt here, and the backward pass takes it from here
-  bool given = false;  // c2 and c3 are known to the loops of the sums: their dx is whole
+  Acc<T>* kept;              // unless null: the sums leave dt here, and the backward pass takes it from here
+  bool given = false;        // c2 and c3 are known to the loops of the sums: their dx is whole
+  const T* later = nullptr;  // where dx will go, if the sums are to fetch it
 };
 
 template <typename T>
@@ -180,9 +181,9 @@ struct Loops {
 
   // adds to sums per channel of x - center, and of its square unless `squares` is null; pixels are `stride` apart
   void (*column_moments)(A* sums, A* squares, const T* x, const A* center, int64_t pixels, int64_t channels, int64_t stride);
-  void (*columns)(const Forward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);
-  void (*column_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);  // adds
-  void (*column_backward)(const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, int64_t stride, Options<A>);
+  void (*columns)(const Forward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);
+  void (*column_sums)(A* sum_dt_xhat, A* sum_dt, const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);  // adds
+  void (*column_backward)(const Backward<T, Columns<A>>&, int64_t pixels, int64_t channels, Options<A>);
 
   void (*rows)(const WholeRows<T>&, int64_t samples, int64_t groups, int64_t n, Options<A>);  // n <= kChunk
   void (*rows_backward)(const WholeRowsBackward<T>&, int64_t samples, int64_t groups, int64_t n, Options<A>);
