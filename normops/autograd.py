@@ -104,21 +104,21 @@ class GroupNormAndStats(GroupNorm):
 
 
 class BatchNorm(Function):
-    """y and the statistics, which have no gradient of their own. Statistics that are `given` are those of x all the same, and differentiated."""
+    """y and the statistics, which have no gradient of their own. Statistics that are `given` are those of x, or of all workers of the process
+    `group`, and differentiated."""
 
     @staticmethod
-    def forward(ctx, fwd, x, weight, bias, residual, given, options, running):  # options: from the group on those of batch_norm_fwd
+    def forward(ctx, fwd, x, weight, bias, residual, given, group, options, running):  # options: those of batch_norm_fwd
         y, stats = fwd(x, weight, bias, residual, given, *options, *(() if running is None else (running,)))
-        group, *others = options
-        ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if others[1] == "none" else residual)
-        ctx.family, ctx.direct = (Batch, (x.shape[1], *others, False, group)), fwd is launch.batch_norm_fwd
+        ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if options[1] == "none" else residual)
+        ctx.family, ctx.direct = (Batch, (x.shape[1], *options, False, group)), fwd is launch.batch_norm_fwd
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None, None
+        return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None, None, None
 
 
 class RowNorm(Function):

@@ -222,6 +222,8 @@ def batch_norm_fwd_at_once(
     last, dtype, numel = _channels_last(x), DTYPES.get(x.dtype), x.numel()
     if last is None or dtype is None or activation is None or not eps >= 0 or not numel:
         return None
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        return None
     shape = x.shape
     N, C = shape[0], shape[1]
     mean_at, var_at, weight_at, bias_at = _everyday(running_mean, C), _everyday(running_var, C), _everyday(weight, C), _everyday(bias, C)
@@ -229,7 +231,7 @@ def batch_norm_fwd_at_once(
         return None
     if (not mean_at[0] or not var_at[0]) if frozen else (numel == C or bool(mean_at[0]) != bool(var_at[0])):
         return None
-    if residual is not None and (residual.dtype is not x.dtype or residual.shape != shape or _channels_last(residual) is not last):
+    if residual is not None and not (residual.is_cpu and residual.dtype is x.dtype and residual.shape == shape and _channels_last(residual) is last):
         return None
     y = torch.empty_like(x)
     count = 3 if frozen else 4

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normops import distributed, launch, reference
+from normops.layout import like
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Groups:
 
 @dataclass
 class Batch(Groups):
-    """A call of ``batch_norm_fwd``: a statistic for each channel of all samples, of all workers of the process group of this name."""
+    """A call of ``batch_norm_fwd``: a statistic for each channel of all samples, of all workers of the process group of this name;
+    the gradients of weight and bias are this worker's own."""
 
     group: str | None = None
 
@@ -71,10 +73,21 @@ class Batch(Groups):
         return reference.Sets(self.num_groups, batch=True)
 
     def backward(self, direct, dy, dtotal, x, stats, weight, bias, residual, mask):
-        call = dy, x, stats, weight, bias, residual, self.group, self.activation, self.negative_slope, mask
-        if not direct and self.group is not None and mask[0]:
-            return launch.synchronized_bwd(torch.ops.normops.group_norm_bwd.default, *call)
-        return (launch.batch_norm_bwd if direct else torch.ops.normops.batch_norm_bwd.default)(*call)
+        options = self.activation, self.negative_slope
+        if self.group is None or not mask[0]:
+            bwd = launch.batch_norm_bwd if direct else torch.ops.normops.batch_norm_bwd.default
+            return bwd(dy, x, stats, weight, bias, residual, *options, mask)
+        of_group = launch.group_norm_bwd if direct else torch.ops.normops.group_norm_bwd.default
+        call = like(dy, x), x, stats[:3], weight, bias, residual, self.num_groups
+        dweight, dbias = launch.norm_sums(of_group, *call, *options)
+        sums = torch.stack([value if weight is None else value * weight.to(value.dtype).view(-1, self.num_groups) for value in (dweight, dbias)])
+        means = (distributed.summed(sums.sum(1), self.group) / stats[4].double().clamp_min(1)).to(stats.dtype).unsqueeze(1)
+        dx, _, _, dresidual = of_group(*call, True, *options, (True, False, False, mask[3]), means)
+        dweight, dbias = (
+            reference.folded(value, vector).to(vector.dtype) if wanted and vector is not None else None
+            for value, vector, wanted in ((dweight, weight, mask[1]), (dbias, bias, mask[2]))
+        )
+        return dx, dweight, dbias, dresidual
 
     def differentiable(self, x, stats, weight, bias, residual, out_dtype):
         if self.group is not None:

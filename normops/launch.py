@@ -1,7 +1,7 @@
 """The launchers: they check and pack the arguments, allocate the results and run a backend.
 
 group  a statistic for D = C/num_groups channels and all positions of a sample: group norm, instance norm
-batch  a statistic for each channel of all samples, of this process or of all workers of a process group: batch norm
+batch  a statistic for each channel of all samples: batch norm
 row    a statistic for those of one position: layer norm, RMS norm. ``ndim`` trailing dimensions, or with 0 dimension 1 of ``(N, C, *spatial)``
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normops import backends, cpu, distributed
+from normops import backends, cpu
 from normops.checks import check_group
 from normops.layout import dense, dense_rows, is_last, like, packed
-from normops.reference import CODES, accumulator, folded, update_running
+from normops.reference import CODES, accumulator, update_running
 
 
 def empty_stats(x: Tensor, *shape: int) -> Tensor:
@@ -175,7 +175,6 @@ def batch_norm_fwd(
     bias: Tensor | None,
     residual: Tensor | None,
     given: Tensor | None,
-    group: str | None,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -183,7 +182,7 @@ def batch_norm_fwd(
     running: Running | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel: ``y`` and the statistics of `batch_norm_stats`; those that are `given` are not returned."""
-    if x.is_cpu and given is None and group is None and out_dtype is None and backends.everyday:
+    if x.is_cpu and given is None and out_dtype is None and backends.everyday:
         mean, var, momentum = running or (None, None, 0.0)
         code = CODES.get(activation)
         result = cpu.batch_norm_fwd_at_once(x, mean, var, weight, bias, momentum, eps, code, negative_slope, False, residual)
@@ -194,33 +193,27 @@ def batch_norm_fwd(
     x, weight, bias = dense(x), packed(weight), packed(bias)
     residual = like(residual, x)
     y = torch.empty_like(x) if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
-    if given is None and group is None:
+    stats = None
+    if given is None:
         stats = _new_stats(x, 4, 1, channels)
         _run_batch_norm_fwd(y, stats, running, x, weight, bias, residual, eps, CODES[activation], negative_slope)
-    else:
-        stats = batch_norm_stats(x, group, eps, running) if given is None else given
-        if x.numel():
-            _run_group_norm_fwd(y, stats[:3], x, weight, bias, residual, channels, True, eps, CODES[activation], negative_slope)
-    return y, stats if given is None else None
+    elif x.numel():
+        _run_group_norm_fwd(y, given[:3], x, weight, bias, residual, channels, True, eps, CODES[activation], negative_slope)
+    return y, stats
 
 
-def batch_norm_stats(x: Tensor, group: str | None, eps: float, running: Running | None = None) -> Tensor:
-    """The statistics of channels alone, (4, 1, C): mean, what its rounding lost, 1/sqrt(var + eps), unbiased variance; of the workers of a process
-    group (5, 1, C): and the number of values. `running` statistics take their part of them."""
+def batch_norm_stats(x: Tensor, eps: float) -> Tensor:
+    """The statistics of channels alone, (4, 1, C): mean, what its rounding lost, 1/sqrt(var + eps), unbiased variance."""
     channels = x.shape[1] if x.dim() > 1 else 0
     check_group("batch_norm_stats", x, channels, None, None, None, eps, "none", None)
     x = dense(x)
     stats = _new_stats(x, 4, 1, channels)
-    _run_batch_norm_fwd(None, stats, None if group is not None else running, x, None, None, None, eps if group is None else 0.0, CODES["none"], 0.0)
-    if group is not None:
-        stats = distributed.merged_statistics(stats, x.numel() // channels, eps, group)
-        if running is not None:
-            update_batch_statistics(*running, stats)
+    _run_batch_norm_fwd(None, stats, None, x, None, None, None, eps, CODES["none"], 0.0)
     return stats
 
 
 def update_batch_statistics(running_mean: Tensor, running_var: Tensor, momentum: float, stats: Tensor) -> None:
-    """Running statistics of all channels from `batch_norm_stats`; from no values at all they stay what they are."""
+    """Running statistics of all channels from `batch_norm_stats`, or from those of all workers; from no values at all they stay what they are."""
     mean, var = stats[0, 0] + stats[1, 0], stats[3, 0]
     if stats.shape[0] == 5:
         some = stats[4, 0] > 0
@@ -249,43 +242,23 @@ def batch_norm_bwd(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    group: str | None,
     activation: str,
     negative_slope: float,
     output_mask: list[bool] | tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted; dweight and dbias are this process's own."""
-    if x.is_cpu and group is None and backends.everyday:
+    """Launch the backward kernel: dx, dweight, dbias, dresidual, each None unless wanted."""
+    if x.is_cpu and backends.everyday:
         result = cpu.batch_norm_bwd_at_once(dy, x, stats, weight, bias, CODES[activation], negative_slope, output_mask, False, residual)
         if result is not None:
             return result
     x, weight, bias = dense(x), packed(weight), packed(bias)
     residual, dy = like(residual, x), like(dy, x)
-    if group is not None and output_mask[0]:
-        return synchronized_bwd(group_norm_bwd, dy, x, stats, weight, bias, residual, group, activation, negative_slope, output_mask)
     gradients = empty_gradients(x, weight, bias, output_mask)
     if x.numel():
         N, C = x.shape[:2]
         options = N, C, is_last(x) or x.numel() == N * C, CODES[activation], negative_slope
         backends.run("batch_norm_bwd", x, *gradients, dy, x, stats, weight, bias, residual, *options)
     return gradients
-
-
-def synchronized_bwd(bwd, dy, x, stats, weight, bias, residual, group, activation, negative_slope, output_mask):
-    """`batch_norm_bwd` over a process group, by `bwd`: `group_norm_bwd` or its operator."""
-    channels = x.shape[1]
-    dweight, dbias = norm_sums(bwd, dy, x, stats[:3], weight, bias, residual, channels, activation, negative_slope)
-    sums = torch.stack([value if weight is None else value * weight.to(value.dtype).view(-1, channels) for value in (dweight, dbias)])
-    means = distributed.summed(sums.sum(1), group) / stats[4].double().clamp_min(1)
-    dx, _, _, dresidual = bwd(
-        dy, x, stats[:3], weight, bias, residual, channels, True, activation, negative_slope, (True, False, False, output_mask[3]),
-        means.to(stats.dtype).unsqueeze(1),
-    )  # fmt: skip
-    dweight, dbias = (
-        folded(value, vector).to(vector.dtype) if wanted and vector is not None else None
-        for value, vector, wanted in ((dweight, weight, output_mask[1]), (dbias, bias, output_mask[2]))
-    )
-    return dx, dweight, dbias, dresidual
 
 
 def norm_sums(bwd, dy, x, stats, weight, bias, residual, num_groups, activation, negative_slope):

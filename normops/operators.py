@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from normops import checks, distributed, launch, ops, reference
 from normops.autograd import AddRowNorm, BatchNorm, GroupNorm, GroupNormAndStats, Moments, RowNorm, any_requires_grad, eager, transforming
+from normops.layout import dense, dense_rows
 
 # ---- the differentiable calls. direct: past the dispatcher, for plain tensors ----
 
@@ -30,7 +31,7 @@ def group(direct: bool, x, weight, bias, residual, given, *options):
         return reference.group_norm(x, num_groups, weight, bias, eps, activation, negative_slope, residual, out_dtype, given)
     fwd = launch.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return _apply_group(fwd, x if x.is_contiguous() else launch.dense(x), weight, bias, residual, given, options)
+        return _apply_group(fwd, x if x.is_contiguous() else dense(x), weight, bias, residual, given, options)
     return fwd(x, weight, bias, residual, given, *options, *((False,) if direct else ()))[0]
 
 
@@ -41,33 +42,29 @@ def group_and_stats(direct: bool, x, weight, bias, residual, *options):
         return y, reference.statistics(x.detach(), options[0], options[1])
     fwd = launch.group_norm_fwd if direct else torch.ops.normops.group_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return GroupNormAndStats.apply(fwd, launch.dense(x), weight, bias, residual, None, options)
+        return GroupNormAndStats.apply(fwd, dense(x), weight, bias, residual, None, options)
     return fwd(x, weight, bias, residual, None, *options)
 
 
-def batch(direct: bool, x, weight, bias, residual, given, *options, running: launch.Running | None = None):
-    """y and the statistics (4 or 5, 1, C), unless they are given: options of ``batch_norm_fwd`` from the group on. Running statistics are
-    updated by direct calls only."""
+def batch(direct: bool, x, weight, bias, residual, given, group: str | None, *options, running: launch.Running | None = None):
+    """y and the statistics, unless they are given: (4, 1, C), or those of all workers of the process group, (5, 1, C). Running statistics are
+    updated by direct calls without a group only."""
     if not direct and transforming():
-        group, eps, activation, negative_slope, out_dtype = options
+        eps, activation, negative_slope, out_dtype = options
         if group is not None:
             raise NotImplementedError("sync_batch_norm: expected no torch.func transform and no forward-mode derivative")
         stats = reference.batch_statistics(x.detach(), eps) if given is None else None
         return reference.batch_norm(x, weight, bias, eps, activation, negative_slope, residual, out_dtype), stats
-    fwd = launch.batch_norm_fwd if direct else _batch_norm_fwd
+    fwd = launch.batch_norm_fwd if direct else torch.ops.normops.batch_norm_fwd.default
+    merged = None
+    if group is not None and given is None:
+        x, statistics = dense(x), launch.batch_norm_stats if direct else torch.ops.normops.batch_norm_stats.default
+        merged = given = distributed.merged_statistics(statistics(x.detach(), 0.0), x.numel() // x.shape[1], options[0], group)
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return _apply_batch(fwd, x if x.is_contiguous() else launch.dense(x), weight, bias, residual, given, options, running)
-    return fwd(x, weight, bias, residual, given, *options, *((running,) if direct else ()))
-
-
-def _batch_norm_fwd(x, weight, bias, residual, given, group, eps, *options):
-    """The operator ``batch_norm_fwd``, but for the collective of a process group, which graphs show."""
-    fwd = torch.ops.normops.batch_norm_fwd.default
-    if group is None or given is not None:
-        return fwd(x, weight, bias, residual, given, group, eps, *options)
-    stats = torch.ops.normops.batch_norm_stats.default(x, None, 0.0)
-    stats = distributed.merged_statistics(stats, x.numel() // x.shape[1], eps, group)
-    return fwd(x, weight, bias, residual, stats, None, eps, *options)[0], stats
+        y, stats = _apply_batch(fwd, x if x.is_contiguous() else dense(x), weight, bias, residual, given, group, options, running)
+    else:
+        y, stats = fwd(x, weight, bias, residual, given, *options, *((running,) if direct else ()))
+    return y, stats if merged is None else merged
 
 
 def frozen(direct: bool, x, weight, bias, residual, mean, var, num_groups, eps, *options):
@@ -85,7 +82,7 @@ def row(direct: bool, x, weight, bias, residual, *options):
         return reference.row_norm(x, weight, bias, residual, *options)
     fwd = launch.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        return _apply_row(fwd, x if x.is_contiguous() else launch.dense_rows(x, options[0]), weight, bias, residual, options)
+        return _apply_row(fwd, x if x.is_contiguous() else dense_rows(x, options[0]), weight, bias, residual, options)
     return fwd(x, None, weight, bias, residual, *options, *((False,) if direct else ()))[0]
 
 
@@ -96,7 +93,7 @@ def add_row(direct: bool, x, addend, weight, bias, *options):
         return reference.row_norm(total, weight, bias, None, *options), total
     fwd = launch.row_norm_fwd if direct else torch.ops.normops.row_norm_fwd.default
     if torch.is_grad_enabled() and any_requires_grad(x, addend, weight, bias):
-        return AddRowNorm.apply(fwd, launch.dense_rows(x, options[0]), addend, weight, bias, options)
+        return AddRowNorm.apply(fwd, dense_rows(x, options[0]), addend, weight, bias, options)
     return fwd(x, addend, weight, bias, None, *options, *((False,) if direct else ()))[:2]
 
 
@@ -105,7 +102,7 @@ def moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     if transforming():
         mean, std = reference.moments(x, num_groups, eps)
         return mean.double(), std.double()
-    return Moments.apply(launch.dense(x), num_groups, eps)
+    return Moments.apply(dense(x), num_groups, eps)
 
 
 # ---- the differentiable operators ----
@@ -235,15 +232,20 @@ def _add_row_norm_vmap(x, addend, weight, bias, *, ndim, **options):
 
 
 def _group_norm_fake(x, num_groups, weight=None, bias=None, eps=1e-5, *, out_dtype=None, **options):
-    return torch.empty_like(launch.dense(x), dtype=out_dtype)
+    return torch.empty_like(dense(x), dtype=out_dtype)
+
+
+def _batch_norm_and_stats_fake(x, weight, bias, residual, given, group, *options):
+    y, stats = ops.fake_batch_norm_fwd(x, weight, bias, residual, given, *options)
+    return y, stats if group is None or given is not None else launch.empty_stats(x, 5, 1, x.shape[1])
 
 
 def _row_norm_fake(x, weight, bias, *, ndim, out_dtype, **options):
-    return torch.empty_like(launch.dense_rows(x, ndim), dtype=out_dtype)
+    return torch.empty_like(dense_rows(x, ndim), dtype=out_dtype)
 
 
 def _add_row_norm_fake(x, addend, weight, bias, *, ndim, out_dtype, **options):
-    x = launch.dense_rows(x, ndim)
+    x = dense_rows(x, ndim)
     return torch.empty_like(x, dtype=out_dtype), torch.empty_like(x)
 
 
@@ -259,7 +261,7 @@ for _name, _kernel, _batched, _fake in (
     ("add_row_norm", _add_row_norm, _add_row_norm_vmap, _add_row_norm_fake),
     ("group_norm_and_stats", _group_norm_and_stats, _group_norm_and_stats, ops.fake_group_norm_fwd),
     ("group_moments", moments, moments, _moments_fake),
-    ("batch_norm_and_stats", _batch_norm_and_stats, _batch_norm_and_stats, ops.fake_batch_norm_fwd),
+    ("batch_norm_and_stats", _batch_norm_and_stats, _batch_norm_and_stats, _batch_norm_and_stats_fake),
 ):
     ops.lib.impl(_name, _kernel, "Autograd")
     ops.lib.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """The operators ``torch.ops.normops.*``: schemas, argument checks and fake kernels around the launchers.
 
-``X_fwd`` and ``X_bwd`` are what compiled graphs hold. ``group_norm``, ``row_norm`` and ``add_row_norm`` are differentiable (``autograd.py`` registers
-their gradients); the other public operators are compositions of these (``functional.py``).
+``X_fwd`` and ``X_bwd`` are what compiled graphs hold. The differentiable operators are declared here too; ``operators.py`` gives them their kernels,
+and makes operators of their compositions in ``functional``.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normops import launch
 from normops.checks import check_group
+from normops.layout import dense, dense_rows, packed
 
 lib = torch.library.Library("normops", "DEF")
 
@@ -33,11 +34,11 @@ define(
     "group_norm_and_stats(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? given, int num_groups, float eps, str activation, "
     "float negative_slope, ScalarType? out_dtype) -> (Tensor y, Tensor stats)",
     "group_moments(Tensor x, int num_groups, float eps) -> (Tensor mean, Tensor std)",
-    "batch_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? given, str? group, float eps, str activation, "
+    "batch_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? given, float eps, str activation, "
     "float negative_slope, ScalarType? out_dtype) -> (Tensor y, Tensor stats)",
-    "batch_norm_bwd(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, str? group, str activation, "
+    "batch_norm_bwd(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, str activation, "
     "float negative_slope, bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    "batch_norm_stats(Tensor x, str? group, float eps) -> Tensor",
+    "batch_norm_stats(Tensor x, float eps) -> Tensor",
     "batch_norm_and_stats(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? given, str? group, float eps, str activation, "
     "float negative_slope, ScalarType? out_dtype) -> (Tensor y, Tensor stats)",
     f"row_norm(Tensor x, Tensor? weight, Tensor? bias, *, {_ROW}, Tensor? residual=None) -> Tensor",
@@ -84,15 +85,14 @@ def _group_norm_bwd(dy, x, stats, weight, bias, residual, num_groups, frozen, ac
     return _present(launch.group_norm_bwd(dy, x, stats, weight, bias, residual, num_groups, frozen, activation, *options), x)
 
 
-def _batch_norm_fwd(x, weight, bias, residual, given, group, eps, activation, negative_slope, out_dtype):
-    check_group("batch_norm", x, x.shape[1] if x.dim() > 1 else 1, weight, bias, residual, eps, activation, out_dtype)
-    return _present(launch.batch_norm_fwd(x, weight, bias, residual, given, group, eps, activation, negative_slope, out_dtype), x)
+def _batch_norm_fwd(x, weight, bias, residual, given, *options):
+    return _present(launch.batch_norm_fwd(x, weight, bias, residual, given, *options), x)
 
 
-def _batch_norm_bwd(dy, x, stats, weight, bias, residual, group, activation, *options):
+def _batch_norm_bwd(dy, x, stats, weight, bias, residual, activation, *options):
     check_group("batch_norm_bwd", x, x.shape[1], weight, bias, residual, 0.0, activation, None)
     _check_backward("batch_norm_bwd", x, dy)
-    return _present(launch.batch_norm_bwd(dy, x, stats, weight, bias, residual, group, activation, *options), x)
+    return _present(launch.batch_norm_bwd(dy, x, stats, weight, bias, residual, activation, *options), x)
 
 
 def _row_norm_fwd(x, addend, weight, bias, residual, ndim, *options):
@@ -110,11 +110,11 @@ def fake_group_norm_fwd(x, weight, bias, residual, given, num_groups, eps, activ
     """The fake kernel of ``group_norm_fwd``."""
     check_group("group_norm", x, num_groups, weight, bias, residual, eps, activation, out_dtype)
     stats = fake_stats(x, num_groups) if given is None else None
-    return _present((torch.empty_like(launch.dense(x), dtype=out_dtype), stats), x)
+    return _present((torch.empty_like(dense(x), dtype=out_dtype), stats), x)
 
 
 def _fake_group_norm_bwd(dy, x, stats, weight, bias, residual, num_groups, frozen, activation, negative_slope, output_mask, means=None):
-    return _present(launch.empty_gradients(launch.dense(x), launch.packed(weight), launch.packed(bias), output_mask), x)
+    return _present(launch.empty_gradients(dense(x), packed(weight), packed(bias), output_mask), x)
 
 
 def fake_stats(x: Tensor, num_groups: int, eps: float = 0.0) -> Tensor:
@@ -122,30 +122,30 @@ def fake_stats(x: Tensor, num_groups: int, eps: float = 0.0) -> Tensor:
     return launch.empty_stats(x, 3, x.shape[0], num_groups)
 
 
-def fake_batch_norm_fwd(x, weight, bias, residual, given, group, eps, activation, negative_slope, out_dtype):
+def fake_batch_norm_fwd(x, weight, bias, residual, given, eps, activation, negative_slope, out_dtype):
     """The fake kernel of ``batch_norm_fwd``."""
     check_group("batch_norm", x, x.shape[1], weight, bias, residual, eps, activation, out_dtype)
-    stats = _fake_batch_norm_stats(x, group, eps) if given is None else None
-    return _present((torch.empty_like(launch.dense(x), dtype=out_dtype), stats), x)
+    stats = _fake_batch_norm_stats(x, eps) if given is None else None
+    return _present((torch.empty_like(dense(x), dtype=out_dtype), stats), x)
 
 
-def _fake_batch_norm_bwd(dy, x, stats, weight, bias, residual, group, activation, negative_slope, output_mask):
-    return _present(launch.empty_gradients(launch.dense(x), launch.packed(weight), launch.packed(bias), output_mask), x)
+def _fake_batch_norm_bwd(dy, x, stats, weight, bias, residual, activation, negative_slope, output_mask):
+    return _present(launch.empty_gradients(dense(x), packed(weight), packed(bias), output_mask), x)
 
 
-def _fake_batch_norm_stats(x: Tensor, group: str | None, eps: float) -> Tensor:
-    return launch.empty_stats(x, 4 if group is None else 5, 1, x.shape[1])
+def _fake_batch_norm_stats(x: Tensor, eps: float) -> Tensor:
+    return launch.empty_stats(x, 4, 1, x.shape[1])
 
 
 def _fake_row_norm_fwd(x, addend, weight, bias, residual, ndim, centered, weight_offset, eps, activation, negative_slope, out_dtype):
     _check_rows("row_norm_fwd", x, ndim, addend, weight, bias)
-    x = launch.dense_rows(x, ndim)
+    x = dense_rows(x, ndim)
     total = None if addend is None else torch.empty_like(x)
     return _present((torch.empty_like(x, dtype=out_dtype), total, launch.empty_row_stats(x, ndim, centered)), x)
 
 
 def _fake_row_norm_bwd(dy, dtotal, x, stats, weight, bias, residual, ndim, centered, weight_offset, activation, negative_slope, output_mask):
-    return _present(launch.empty_gradients(launch.dense_rows(x, ndim), launch.packed(weight), launch.packed(bias), output_mask), x)
+    return _present(launch.empty_gradients(dense_rows(x, ndim), packed(weight), packed(bias), output_mask), x)
 
 
 for _name, _kernel, _fake in (

@@ -556,14 +556,14 @@ def test_operators(layout, shape, vectors, with_residual, activation, backend, d
     names = ("x", "weight", "bias", "residual")
     x, weight, bias, residual = (inputs.tensors.get(name) for name in names)
     ops = torch.ops.normops
-    y, stats = ops.batch_norm_fwd(x, weight, bias, residual, None, None, 1e-5, activation, 0.2, None)
+    y, stats = ops.batch_norm_fwd(x, weight, bias, residual, None, 1e-5, activation, 0.2, None)
     torch.testing.assert_close(y, want.y, rtol=1e-11, atol=1e-11)
-    assert stats.shape == (4, 1, C) and torch.equal(ops.batch_norm_stats(x, None, 1e-5), stats)
-    again, none = ops.batch_norm_fwd(x, weight, bias, residual, stats, None, 1e-5, activation, 0.2, None)
+    assert stats.shape == (4, 1, C) and torch.equal(ops.batch_norm_stats(x, 1e-5), stats)
+    again, none = ops.batch_norm_fwd(x, weight, bias, residual, stats, 1e-5, activation, 0.2, None)
     torch.testing.assert_close(again, y, rtol=1e-12, atol=1e-12)
     assert none.numel() == 0
     for saved in (stats, stats[:3].contiguous()):
-        found = ops.batch_norm_bwd(inputs.dy, x, saved, weight, bias, residual, None, activation, 0.2, [True] * 4)
+        found = ops.batch_norm_bwd(inputs.dy, x, saved, weight, bias, residual, activation, 0.2, [True] * 4)
         for name, mine in zip(names, found, strict=True):
             if name in want.gradients:
                 torch.testing.assert_close(mine, want.gradients[name], rtol=1e-10, atol=1e-10)
@@ -574,7 +574,7 @@ def test_operators(layout, shape, vectors, with_residual, activation, backend, d
     differentiable, buffers = ops.batch_norm_and_stats(root, weight, bias, residual, None, None, 1e-5, activation, 0.2, None)
     assert differentiable.requires_grad and not buffers.requires_grad, "what running statistics are made of has no gradient"
     assert torch.equal(differentiable, y) and torch.equal(buffers, stats)
-    shifted, _ = ops.batch_norm_fwd(x, None, None, None, stats + 1, None, 1e-5, "none", 0.0, None)
+    shifted, _ = ops.batch_norm_fwd(x, None, None, None, stats + 1, 1e-5, "none", 0.0, None)
     mean, low, rstd, _ = (stats[:, 0] + 1)[(..., *(None,) * (len(shape) - 2))]
     torch.testing.assert_close(shifted, (x - mean - low) * rstd, rtol=1e-11, atol=1e-11)
 
@@ -583,12 +583,12 @@ def test_operators_of_one_value_and_of_none(backend, device, poison):
     """Below the public functions a single value is allowed: x_hat = 0, the unbiased variance 0; no values at all: zeros."""
     ops, bias = torch.ops.normops, torch.randn(5, device=device)
     x = torch.randn(1, 5, 1, device=device)
-    y, stats = ops.batch_norm_fwd(x, None, bias, None, None, None, 1e-5, "none", 0.0, None)
+    y, stats = ops.batch_norm_fwd(x, None, bias, None, None, 1e-5, "none", 0.0, None)
     assert torch.equal(y[0, :, 0], bias) and torch.equal(stats[3], torch.zeros_like(stats[3])) and torch.equal(stats[0, 0], x[0, :, 0])
-    dx, _, dbias, _ = ops.batch_norm_bwd(torch.ones_like(x), x, stats, None, bias, None, None, "none", 0.0, [True] * 4)
+    dx, _, dbias, _ = ops.batch_norm_bwd(torch.ones_like(x), x, stats, None, bias, None, "none", 0.0, [True] * 4)
     assert not dx.any() and torch.equal(dbias, torch.ones_like(bias))
     for empty in (x[:0], x[:, :, :0]):
-        y, stats = ops.batch_norm_fwd(empty, bias, bias, None, None, None, 1e-5, "silu", 0.0, None)
+        y, stats = ops.batch_norm_fwd(empty, bias, bias, None, None, 1e-5, "silu", 0.0, None)
         assert y.shape == empty.shape and stats.shape == (4, 1, 5) and not stats.isnan().any()
-        dx, dweight, dbias, _ = ops.batch_norm_bwd(empty, empty, stats, bias, bias, None, None, "silu", 0.0, [True] * 4)
+        dx, dweight, dbias, _ = ops.batch_norm_bwd(empty, empty, stats, bias, bias, None, "silu", 0.0, [True] * 4)
         assert dx.shape == empty.shape and not dweight.any() and not dbias.any()

@@ -284,12 +284,12 @@ INTERNAL = {  # what graphs hold: the operator, its arguments, what it says
         r"dy of shape \(2, 6, 4\), got \(2, 6, 5\)",
     ),
     "group_norm_stats": ((torch.ones(IMAGE), 4, 1e-5), "num_groups to divide the number of channels 6, got 4"),
-    "batch_norm_fwd": ((torch.ones(IMAGE), torch.ones(5), None, None, None, None, 1e-5, "none", 0.0, None), r"weight of shape .*, got \(5,\)"),
+    "batch_norm_fwd": ((torch.ones(IMAGE), torch.ones(5), None, None, None, 1e-5, "none", 0.0, None), r"weight of shape .*, got \(5,\)"),
     "batch_norm_bwd": (
-        (torch.ones(2, 6, 5), torch.ones(IMAGE), torch.ones(4, 1, 6), None, None, None, None, "none", 0.0, [True] * 4),
+        (torch.ones(2, 6, 5), torch.ones(IMAGE), torch.ones(4, 1, 6), None, None, None, "none", 0.0, [True] * 4),
         r"dy of shape \(2, 6, 4\), got \(2, 6, 5\)",
     ),
-    "batch_norm_stats": ((torch.ones(6), None, 1e-5), r"x of shape \(N, C, \*spatial\), got \(6,\)"),
+    "batch_norm_stats": ((torch.ones(6), 1e-5), r"x of shape \(N, C, \*spatial\), got \(6,\)"),
     "row_norm_fwd": ((torch.ones(IMAGE), torch.ones(IMAGE), None, None, None, 0, True, 0.0, 1e-5, "none", 0.0, None), "addend"),
     "row_norm_bwd": (
         (torch.ones(2, 6, 5), None, torch.ones(IMAGE), torch.ones(3, 12), None, None, None, 1, True, 0.0, "none", 0.0, [True] * 4),
@@ -303,6 +303,14 @@ def test_internal_operators(name):
     """They are called from graphs that others made: no wrong shape may reach a kernel."""
     arguments, text = INTERNAL[name]
     with pytest.raises(ValueError, match=text):
+        getattr(torch.ops.normops, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", ["group_norm_fwd", "batch_norm_fwd"])
+def test_internal_vectors(name):
+    """As many elements as there are channels do not make a vector."""
+    arguments = torch.ones(IMAGE), torch.ones(6, 1), None, None, None, *((3,) if name == "group_norm_fwd" else ()), 1e-5, "none", 0.0, None
+    with pytest.raises(ValueError, match=r"weight of shape .*, got \(6, 1\)"):
         getattr(torch.ops.normops, name)(*arguments)
 
 

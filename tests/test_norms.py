@@ -292,9 +292,9 @@ def test_statistics(sets, dtype, layout, backend, device, poison):
     elif sets in ("batch", "batch_moments"):
         rows, shape = exact.transpose(0, 1).flatten(1).unsqueeze(0), (4, 1, 10)
         if sets == "batch":
-            y, stats = torch.ops.normops.batch_norm_fwd(x, None, None, None, None, None, 1e-5, "none", 0.0, None)
+            y, stats = torch.ops.normops.batch_norm_fwd(x, None, None, None, None, 1e-5, "none", 0.0, None)
         else:
-            y, stats = x, torch.ops.normops.batch_norm_stats(x, None, 1e-5)
+            y, stats = x, torch.ops.normops.batch_norm_stats(x, 1e-5)
     else:
         across = sets != "last"
         rows = exact.movedim(1, -1) if across and layout == "channels_last" else exact.flatten(2).movedim(1, -1) if across else exact
@@ -332,9 +332,9 @@ def test_backward_mask(op, activation, backend, device, poison):
     weight, bias = torch.randn(2, 5 if op in ("last", "added") else 6, device=device)
     if op in ("batch", "conditional"):
         weight, bias = (value.expand(2, 6).contiguous() if op == "conditional" else value for value in (weight, bias))
-        _, stats = torch.ops.normops.batch_norm_fwd(x, weight, bias, residual, None, None, 1e-5, activation, 0.0, None)
+        _, stats = torch.ops.normops.batch_norm_fwd(x, weight, bias, residual, None, 1e-5, activation, 0.0, None)
         backward = torch.ops.normops.batch_norm_bwd
-        args = (dy, x, stats, weight, bias, residual, None, activation, 0.0)
+        args = (dy, x, stats, weight, bias, residual, activation, 0.0)
     elif op in ("group", "frozen"):
         given = torch.rand(3, 1, 3, device=device) if op == "frozen" else None
         _, stats = torch.ops.normops.group_norm_fwd(x, weight, bias, residual, given, 3, 1e-5, activation, 0.0, None)

@@ -67,14 +67,14 @@ def test_group(sample, backend, device):
 def test_batch(sample, device):
     """Statistics computed and given."""
     for x, dy, weight, bias, residual, mask in both_ways(*SAMPLES[sample], device):
-        options = (None, 1e-5, "silu", 0.01, None)
+        options = (1e-5, "silu", 0.01, None)
         opcheck(OPS.batch_norm_fwd.default, (x, weight, bias, residual, None, *options))
-        stats = OPS.batch_norm_stats(x, None, 1e-5)
-        opcheck(OPS.batch_norm_bwd.default, (dy, x, stats, weight, bias, residual, None, "silu", 0.01, mask))
+        stats = OPS.batch_norm_stats(x, 1e-5)
+        opcheck(OPS.batch_norm_bwd.default, (dy, x, stats, weight, bias, residual, "silu", 0.01, mask))
     opcheck(OPS.batch_norm_fwd.default, (x, weight, bias, residual, stats, *options))
-    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, stats, *options))
-    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, None, *options))
-    opcheck(OPS.batch_norm_stats.default, (x, None, 1e-5))
+    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, stats, None, *options))
+    opcheck(OPS.batch_norm_and_stats.default, (x.clone().requires_grad_(), None, None, None, None, None, *options))
+    opcheck(OPS.batch_norm_stats.default, (x, 1e-5))
 
 
 @over_samples
@@ -142,13 +142,15 @@ def test_meta_statistics(dtype):
     """Statistics are saved in the dtype of accumulation."""
     x = torch.empty(2, 6, 4, dtype=dtype, device="meta")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.inference_mode():  # else the operator makes it of others
+        of_workers = OPS.batch_norm_and_stats(x, None, None, None, None, "workers", 1e-5, "none", 0.0, None)[1]
     for found, shape in (
         (OPS.group_norm_fwd(x, None, None, None, None, 3, 1e-5, "none", 0.0, None)[1], (3, 2, 3)),
         (OPS.row_norm_fwd(x, None, None, None, None, 1, True, 0.0, 1e-5, "none", 0.0, None)[2], (3, 12)),
         (OPS.row_norm_fwd(x, None, None, None, None, 0, False, 0.0, 1e-5, "none", 0.0, None)[2], (1, 8)),
         (OPS.group_norm_stats(x, 3, 1e-5), (3, 2, 3)),
-        (OPS.batch_norm_fwd(x, None, None, None, None, None, 1e-5, "none", 0.0, None)[1], (4, 1, 6)),
-        (OPS.batch_norm_stats(x, None, 1e-5), (4, 1, 6)),
-        (OPS.batch_norm_stats(x, "workers", 1e-5), (5, 1, 6)),
+        (OPS.batch_norm_fwd(x, None, None, None, None, 1e-5, "none", 0.0, None)[1], (4, 1, 6)),
+        (OPS.batch_norm_stats(x, 1e-5), (4, 1, 6)),
+        (of_workers, (5, 1, 6)),
     ):
         assert (found.dtype, found.shape) == (wide, shape)

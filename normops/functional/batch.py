@@ -7,6 +7,7 @@ from torch import Tensor
 
 from normops import checks, distributed, launch, operators, ops, reference
 from normops.autograd import BatchInstanceNorm, plain, recomputing
+from normops.layout import dense
 
 _INPUT = "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? {second}, {rho}Tensor? weight=None, Tensor? bias=None, bool training=False"
 _OPTIONS = f"{ops.ACTIVATION}, Tensor? residual=None, {ops.MODULATION}) -> Tensor"
@@ -111,15 +112,16 @@ def _batch_norm(
         training = False
     if not training:
         return operators.frozen(direct, x, weight, bias, residual, running_mean, running_var, channels, *options)
-    running = None if running_mean is None or recomputing() else (running_mean, running_var, momentum)
+    updated = running_mean is not None and (size or group is not None) and not recomputing()
+    running = (running_mean, running_var, momentum) if updated else None
     if direct:
-        y = operators.batch(True, x, weight, bias, residual, None, group, *options, running=running)[0]
-        if running is not None and (size or group is not None):
-            _written(running_mean, running_var)
-        return y
-    y, stats = torch.ops.normops.batch_norm_and_stats.default(x, weight, bias, residual, None, group, *options)
-    if running is not None and (size or group is not None):
-        launch.update_batch_statistics(*running, stats)
+        y, stats = operators.batch(True, x, weight, bias, residual, None, group, *options, running=running)
+    else:
+        y, stats = torch.ops.normops.batch_norm_and_stats.default(x, weight, bias, residual, None, group, *options)
+    if updated and direct and group is None:
+        _written(running_mean, running_var)
+    elif updated:
+        launch.update_batch_statistics(running_mean, running_var, momentum, stats)
     return y
 
 
@@ -191,10 +193,10 @@ def batch_renorm(
         return operators.frozen(direct, input, weight, bias, residual, running_mean.double(), running_std.double().square(), channels, 0.0, *options)
     if size == channels:
         raise ValueError(f"{op}: expected more than 1 value per channel in training, got input of shape {tuple(input.shape)}")
-    input = launch.dense(input)
+    input = dense(input)
     with torch.no_grad():
         x = input.detach()  # also of forward-mode tangents
-        stats = launch.batch_norm_stats(x, None, eps) if direct else torch.ops.normops.batch_norm_stats.default(x, None, eps)
+        stats = launch.batch_norm_stats(x, eps) if direct else torch.ops.normops.batch_norm_stats.default(x, eps)
         mean, mean_lo, rstd = stats[:3, 0]
         mean, std = mean + mean_lo, 1 / rstd
         bounds: Any = [value.to(std).reshape(()) if isinstance(value, Tensor) else value for value in (r_max, d_max)]
@@ -262,7 +264,7 @@ def batch_instance_norm(
     if not training and running_mean is not None and running_var is not None:
         given = torch.stack((running_mean.detach().double(), (running_var.detach().double() + eps).sqrt()))
     if plain(input, rho, weight, bias, residual, running_mean, running_var):
-        y, mean, std = BatchInstanceNorm.apply(launch.dense(input), rho, weight, bias, residual, given, *options)
+        y, mean, std = BatchInstanceNorm.apply(dense(input), rho, weight, bias, residual, given, *options)
     else:
         mean, std = torch.ops.normops.group_moments.default(input, channels, eps)
         scale, shift = reference.blend(mean, std, rho, weight, bias, given)
@@ -270,7 +272,7 @@ def batch_instance_norm(
             input, channels, scale, shift, eps,
             activation=activation, negative_slope=negative_slope, residual=residual, out_dtype=out_dtype or input.dtype,
         )  # fmt: skip
-    if training and running_mean is not None and running_var is not None and size and not recomputing():
+    if training and running_mean is not None and running_var is not None and not recomputing():
         mean, std = reference.batch_moments(mean.detach(), std.detach(), None)
         count = size // channels
         reference.update_running(running_mean, running_var, mean, (std.square() - eps).clamp_min(0) * (count / (count - 1)), momentum)
