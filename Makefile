@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 TORCH := torch==2.13.0
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: demo style small-batches ddp test test-gpu bench results lint
+.PHONY: demo style small-batches analytic ddp test test-gpu bench results lint
 
 demo: $(VENV)/ready
 	$(RUN) examples/digits.py $(ARGS)
@@ -16,6 +16,12 @@ style: $(VENV)/ready
 
 small-batches: $(VENV)/ready
 	$(RUN) examples/small_batches.py $(ARGS)
+
+# four experiments, some twelve minutes; glibc keeps the pages of large results, so that times are not those of page faults
+analytic: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+analytic: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+analytic: $(VENV)/ready
+	for name in closure deep_sigmoid batch_sizes cost; do $(RUN) examples/analytic/$$name.py $(ARGS) || exit 1; done
 
 ddp: $(VENV)/ready
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 3 examples/train_ddp.py $(ARGS)
@@ -28,7 +34,7 @@ bench: $(VENV)/ready
 
 # everything that stands in the README, measured anew; ARGS="layer_norm rms_norm": these norms, the nnU-Net block, the summary
 results: $(VENV)/ready
-	$(RUN) -m bench $(ARGS) && $(RUN) -m bench.nnunet && $(RUN) -m bench.accuracy $(filter-out add_%,$(ARGS)) && $(RUN) -m bench.report
+	$(RUN) -m bench $(ARGS) && $(RUN) -m bench.nnunet && $(RUN) -m bench.accuracy $(filter-out add_% analytic_norm_weight activation_moments,$(ARGS)) && $(RUN) -m bench.report
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy normops
@@ -39,7 +45,7 @@ $(VENV)/ready: setup.py pyproject.toml $(shell find csrc -type f)
 	$(PIP) --upgrade pip setuptools wheel ninja numpy
 	command -v nvidia-smi >/dev/null || $(PIP) $(TORCH)+cpu 2>/dev/null || $(PIP) $(TORCH)+cpu $(CPU_INDEX) || true
 	$(PIP) $(TORCH)
-	$(PIP) --no-build-isolation -e ".[triton,test,demo,examples,dev]"
+	$(PIP) --no-build-isolation -e ".[triton,test,demo,examples,analytic,dev]"
 	$(RUN) -m normops && touch $@
 
 # on a GPU, with the torch and triton that python3 has; nothing is installed or downloaded

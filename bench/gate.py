@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.methods import Upstream, penalty
-from bench.norms import KINKS, NORMS, Call
+from bench.norms import KINKS, NORMS, Call, following
 from bench.norms import truth as exact_call
 from bench.shapes import DTYPES, Case, lay_out
 
@@ -32,9 +32,10 @@ def upstream(case: Case, inputs: dict[str, Tensor]) -> Upstream:
     x = inputs["x"].detach()
     generator = torch.Generator(x.device).manual_seed(1)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    dys = [torch.randn(x.shape, generator=generator, device=x.device, dtype=dtype) for _ in NORMS[case.norm].results]
+    shapes = [x.shape[:1] if name == "bias" else x.shape for name in NORMS[case.norm].results]
+    dys = [torch.randn(shape, generator=generator, device=x.device, dtype=dtype) for shape in shapes]
     dy, *others = [lay_out(each.to(x.dtype), case.layout) for each in dys]
-    if kinks := KINKS.get(case.act):
+    if kinks := KINKS.get(following(case)):
         call = exact_call(replace(case, act="none"), False)
         margin = max(8 * torch.finfo(x.dtype).eps, 1e-5)
         with torch.no_grad():

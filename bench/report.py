@@ -15,7 +15,7 @@ from statistics import geometric_mean
 
 from bench.norms import NORMS
 from bench.run import TIMED, read
-from bench.shapes import DTYPES, MIB
+from bench.shapes import DTYPES, MIB, OF_PARAMETERS
 
 HERE = Path(__file__).parent
 DIRECTIONS = ("forward", "backward", "fwd+bwd")
@@ -35,17 +35,22 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Goal:
-    """Of which rows, in which directions, how many times as fast as eager torch, in the geometric mean or in the worst case."""
+    """Of which rows, in which directions, how many times as fast as eager torch (or `against`), in the geometric mean or in the worst case."""
 
     cases: str
     chosen: Callable[[Row], bool]
     directions: tuple[str, ...]
     least: float
     of: Callable[[Iterable[float]], float] = geometric_mean
+    against: str = "eager"
 
 
 def _all(row: Row) -> bool:
     return True
+
+
+def _is_large(row: Row) -> bool:
+    return math.prod(map(int, row["shape"].split("x"))) >= 2**20
 
 
 def _of_models(row: Row) -> bool:
@@ -72,8 +77,13 @@ GOALS = {
     "batch_norm_eval": (EVERY,),
     "batch_renorm": COMPOSED,
     "batch_instance_norm": COMPOSED,
+    "analytic_norm_weight": (
+        Goal("all", _all, ("forward",), 3),
+        Goal("2^20 elements and more, against `x.clone()`", _is_large, ("forward",), 0.67, against="clone"),
+        Goal("the worst, against `x.clone()`", _all, ("forward",), 0.67, min, "clone"),
+    ),
 }
-BF16_GOAL = Goal("bf16", lambda row: row["dtype"] == "bf16", DIRECTIONS, 2)  # of every norm but group norm, which came before
+BF16_GOAL = Goal("bf16", lambda row: row["dtype"] == "bf16", DIRECTIONS, 2)  # of every norm of activations but group norm, which came before
 
 
 def tables(path: Path) -> str:
@@ -82,6 +92,9 @@ def tables(path: Path) -> str:
     cases = [row for row in rows if not _is_host(row)]
     norm = NORMS[rows[0]["op"]]
     parts = [_heading(facts), _faults(rows), _goals(rows)]
+    if rows[0]["op"] in OF_PARAMETERS:
+        parts.append(_times(rows))
+        return "\n\n".join(filter(None, parts)) + "\n"
     for other, act, title in (
         ("eager", lambda act: act != "none", f"against {norm.torch} followed by the activation, eager"),
         ("eager", lambda act: act == "none", f"against {norm.torch}, where no activation follows"),
@@ -181,8 +194,9 @@ def _goals(rows: Rows) -> str:
     """What was to be reached and what is, over all thread counts, and where it is less."""
     op = rows[0]["op"]
     lines = []
-    for goal in () if op == "group_norm" else (*GOALS.get(op, ()), BF16_GOAL):
-        found = [(row["dtype"], ratio) for row, ratio in pairs(rows, "eager") if goal.chosen(row) and row["direction"] in goal.directions]
+    goals = () if op == "group_norm" else (*GOALS.get(op, ()), *[BF16_GOAL] * (op not in OF_PARAMETERS))
+    for goal in goals:
+        found = [(row["dtype"], ratio) for row, ratio in pairs(rows, goal.against) if goal.chosen(row) and row["direction"] in goal.directions]
         reached = []
         for dtype in DTYPES:
             if ratios := [ratio for each, ratio in found if each == dtype]:
@@ -207,6 +221,20 @@ def _clones(rows: Rows, facts: dict[str, str]) -> str:
     if "simd" in facts:
         title += "; goal out of cache: " + ", ".join(f"{name} <= {goal}" for name, goal in CLONE_GOALS.items())
     return table(title, ("x and y", *COLUMNS, *CLONE_GOALS), lines)
+
+
+def _times(rows: Rows) -> str:
+    """A line per case: what each method takes."""
+    found: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        if row["median_us"]:
+            key = row["name"], *(row[field] for field in COLUMNS[:2]), row["threads"] or row["timer"]
+            time = float(row["median_us"])
+            found.setdefault(key, {})[row["direction"], row["method"]] = f"{time:.0f}" if time >= 100 else f"{time:.3g}"
+    methods = ("ours", "eager", "compile", "clone")
+    lines = [line(*key, *(" / ".join(cells.get((name, method), "-") for method in methods) for name in DIRECTIONS)) for key, cells in found.items()]
+    title = f"Medians in us: normops / {NORMS[rows[0]['op']].torch}, eager / the same under torch.compile / `x.clone()`"
+    return table(title, ("case", *COLUMNS[:3], *DIRECTIONS), lines)
 
 
 def _copy_bytes(row: Row) -> int:

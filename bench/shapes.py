@@ -18,6 +18,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 MIB = 2**20
 LIMIT, LARGE_LIMIT, QUICK_LIMIT = 8 * MIB, 64 * MIB, MIB  # bytes of x as float32, on a CPU
 CPU_DTYPES = ("fp32", "bf16")
+OF_PARAMETERS = ("analytic_norm_weight", "activation_moments")  # x is a weight, or means of channels: measured in its own size
 
 # one call of every kind; what --quick runs
 REPRESENTATIVE = (
@@ -44,6 +45,10 @@ REPRESENTATIVE = (
     "resnet50_eval_b32/32x128x28x28/relu",
     "resnet50_renorm_b4/4x1024x14x14/relu",
     "resnet50_bin_b32/32x1024x14x14/relu",
+    "resnet50_analytic_b32/32x128x28x28/relu",
+    "resnet50_weights/64x64x3x3/none",
+    "channels/1x64/relu",
+    "channels/1x64/gelu",
 )
 LARGE = (  # on a CPU measured once more, out of its caches
     "sdxl_unet/2x320x128x128/silu",
@@ -67,6 +72,10 @@ COMPILED = (  # torch.compile takes seconds a case, so it gets these only
     "resnet50_add_b32/32x256x56x56/relu",
     "resnet50_renorm_b4/4x1024x14x14/relu",
     "resnet50_bin_b32/32x1024x14x14/relu",
+    "resnet50_analytic_add_b32/32x256x56x56/relu",
+    "resnet50_weights/512x512x3x3/none",
+    "resnet50_weights/64x64x3x3/none",
+    "channels/1x512/relu",
 )
 
 
@@ -106,7 +115,7 @@ class Case:
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """`x` in the memory order that `layout` names."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "NHWC" else x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "NHWC" and x.dim() > 1 else x.contiguous()
 
 
 def load(norm: str) -> list[Case]:
@@ -152,6 +161,9 @@ def rule(norm: str, device: str, quick: bool) -> str:
     """One sentence on how `grid` derives what is measured from ``shapes.json``."""
     if device != "cpu":
         return "shapes and dtypes as in the models; rank 4 and 5 in both layouts"
+    if norm in OF_PARAMETERS:
+        dtypes = sorted({dtype for case in load(norm) for dtype in _dtypes(case)}, reverse=True)
+        return f"sizes as in the models; as {' and '.join(dtypes)}; rank 4 and 5 in both layouts"
     halved = "batch <= 2, longest spatial size halved (batch, without any)"
     if norm.startswith("batch_"):
         halved = "batch halved, from 2 on the longest spatial size,"
@@ -167,8 +179,16 @@ def grid(norm: str, device: str, pattern: str | None = None, quick: bool = False
     if device == "cpu":
         limits = [(case, QUICK_LIMIT if quick else LIMIT) for case in chosen]
         limits += [(case, LARGE_LIMIT) for case in chosen if case.name in LARGE and not quick]
-        chosen = [replace(case, shape=scale(case.shape, limit, case.over_samples), dtype=dtype) for case, limit in limits for dtype in CPU_DTYPES]
+        chosen = [replace(case, shape=_shape(case, limit), dtype=dtype) for case, limit in limits for dtype in _dtypes(case)]
     return _unique(replace(case, layout=layout) for case in chosen for layout in _layouts(case))
+
+
+def _shape(case: Case, limit: int) -> tuple[int, ...]:
+    return case.shape if case.norm in OF_PARAMETERS else scale(case.shape, limit, case.over_samples)
+
+
+def _dtypes(case: Case) -> tuple[str, ...]:
+    return ("fp64",) if case.dtype == "fp64" else CPU_DTYPES
 
 
 def _selected(case: Case, pattern: str | None, quick: bool) -> bool:

@@ -2,7 +2,8 @@
 
 Offered: `unavailable()`, and once that returns None, `group_norm.group_norm_fwd` and `group_norm.group_norm_bwd` (a statistic for all
 positions of a group), `batch_norm.batch_norm_fwd` and `batch_norm.batch_norm_bwd` (for a channel of all samples), `row_norm.row_norm_fwd` and
-`row_norm.row_norm_bwd` (for each position of a group).
+`row_norm.row_norm_bwd` (for each position of a group), `activation_moments.activation_moments_fwd`, `analytic_norm_weight.analytic_norm_weight_fwd`
+and `analytic_norm_weight.analytic_norm_weight_bwd` (statistics that are propagated).
 Nothing is imported before it is asked for, so that this package imports where Triton is not installed.
 """
 

@@ -266,6 +266,32 @@ def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
     return Config("held" if held else "samples", V, False, ROWS, 1, BLOCK_C, BLOCK_S, num_warps, LARGE=LARGE)
 
 
+@functools.lru_cache(maxsize=4096)
+def choose_weight(outputs, n, groups, itemsize, backward, device=Device()):
+    """The RowConfig for the weight of an analytic norm: `outputs` rows of n elements, BLOCK of which are a tile's."""
+    if n >= 1 << 30:
+        raise NotImplementedError("analytic_norm_weight: a row of the Triton kernels spans more than 2^30 elements of this weight")
+    # The statistics of eight elements a thread fill 32 registers, since they are float64, as everything is in backward.
+    per_thread = 8 if backward or itemsize == 8 else 16
+    most, BLOCK = 16 * 32 * per_thread, power_above(n)
+    if BLOCK > most:
+        regime, ROWS, BLOCK, num_warps = "split" if backward else "long", 1, most // 2, 8
+    else:
+        # A warp for each row; of short rows several, with two elements a thread, since each has its own statistics, root and quotient.
+        per_thread = min(per_thread, max(2, BLOCK // 32))
+        regime, ROWS = "held", max(1, 4 * 32 * per_thread // BLOCK)
+        while ROWS > 1 and outputs < ROWS * device.processors:
+            ROWS //= 2
+        num_warps = max(1, ROWS * BLOCK // (32 * per_thread))
+    config = RowConfig(regime, min(vector(n, itemsize), per_thread), ROWS, 1, BLOCK, num_warps)
+    if not backward:
+        return config
+    # 16 warps of about 128 registers fill a processor. All programs of a group walk over about as many chunks.
+    chunks = divide(outputs // groups, ROWS)
+    P = min(chunks, max(1, device.processors * (16 // num_warps) // (groups * divide(n, BLOCK))))
+    return replace(config, P=divide(chunks, divide(chunks, P)))
+
+
 def _outer(ROWS, BLOCK_C, BLOCK_S, V, num_warps, channels_last):
     """OUTER, BLOCK_S of a tile of BLOCK_S positions. Triton spreads warps along the last axes first; a last axis no longer than one
     warp's access gives each warp channels of its own: a third of the shuffles, and each thread loads few weights."""

@@ -19,7 +19,10 @@ from torch import Tensor
 
 BUILD_HINT = "install with `pip install --no-build-isolation .` in an environment that has torch and a C++ compiler"
 ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
-OPS = ("group_norm_fwd", "group_norm_bwd", "row_norm_fwd", "row_norm_bwd", "batch_norm_fwd", "batch_norm_bwd")
+OPS = (
+    "group_norm_fwd", "group_norm_bwd", "row_norm_fwd", "row_norm_bwd", "batch_norm_fwd", "batch_norm_bwd",
+    "activation_moments_fwd", "analytic_norm_weight_fwd", "analytic_norm_weight_bwd",
+)  # fmt: skip
 _forced: str | None = os.environ.get("NORMOPS_BACKEND") or None
 
 

@@ -3,10 +3,13 @@
 ``ValueError`` for shapes, ranks, devices and values, ``TypeError`` for dtypes; `op` names the function that was called.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from normops import cpu
+from normops.maps import MAPS, PARAMETERS
 from normops.reference import CODES, accumulator
 
 FLOATS = tuple(cpu.DTYPES)  # what every backend takes
@@ -133,3 +136,51 @@ def modulate(
     if shift is not None:
         bias = shift if bias is None else shift + bias
     return weight, bias
+
+
+# ---- moments ----
+
+
+def check_broadcast(op: str, what: str, *values: Tensor) -> None:
+    """Tensors that broadcast."""
+    try:
+        torch.broadcast_shapes(*(value.shape for value in values))
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(value.shape)) for value in values)
+        raise ValueError(f"{op}: expected {what} to broadcast, got shapes {shapes}") from None
+
+
+def check_map(activation: str, parameters: Sequence[float]) -> tuple[float, ...]:
+    """The parameters of an activation whose moments are wanted, with their defaults."""
+    op = "activation_moments"
+    if activation not in MAPS:
+        raise ValueError(f"{op}: expected activation out of {', '.join(MAPS)}, got {activation!r}")
+    defaults = PARAMETERS.get(activation, ())
+    if len(parameters) > len(defaults):
+        raise ValueError(f"{op}: expected at most {len(defaults)} parameters of {activation}, got {len(parameters)}")
+    values = (*(float(value) for value in parameters), *defaults[len(parameters) :])
+    if activation == "hardtanh" and not values[0] <= values[1]:
+        raise ValueError(f"{op}: expected low <= high, got {values[0]} and {values[1]}")
+    return values
+
+
+def check_norm_weight(weight, mean, var, scale, bias, groups, eps, stride, dilation) -> None:
+    """Arguments of `normops.analytic_norm_weight`."""
+    op = "analytic_norm_weight"
+    kind, split = ("(I, O/groups, *kernel)", "I") if stride else ("(O, I/groups, *kernel)", "O")
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"{op}: expected weight of dtype float16, bfloat16, float32 or float64, got {weight.dtype}")
+    if weight.dim() < 2 or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{op}: expected weight {kind} with groups that divide {split}, got shape {tuple(weight.shape)}, {groups} groups")
+    if not weight.numel():
+        raise ValueError(f"{op}: expected a weight with elements, got shape {tuple(weight.shape)}")
+    for name, numbers in (("stride", stride), ("dilation", dilation)):
+        if numbers and (len(numbers) != weight.dim() - 2 or min(numbers) < 1 or not stride):
+            raise ValueError(f"{op}: expected {name} of a transposed convolution, a number >= 1 for each dimension of a kernel, got {numbers}")
+    first, second = weight.shape[:2]
+    outputs, inputs = (second * groups, first) if stride else (first, second * groups)
+    for name, value, size in (("mean", mean, inputs), ("var", var, inputs), ("scale", scale, outputs), ("bias", bias, outputs)):
+        if value is not None:
+            check_vector(op, name, value, weight, (size,))
+    if not eps >= 0:
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")

@@ -96,6 +96,27 @@ def row_norm_bwd(
     )  # fmt: skip
 
 
+def activation_moments_fwd(out, mean, var, function, first, second) -> None:
+    _cpu_kernels().activation_moments_fwd(out.data_ptr(), mean.data_ptr(), var.data_ptr(), mean.numel(), function, first, second)
+
+
+def analytic_norm_weight_fwd(new, new_bias, stats, weight, mean, var, scale, bias, outputs, taps, groups, channels_last, eps) -> None:
+    _cpu_kernels().analytic_norm_weight_fwd(
+        new.data_ptr(), new_bias.data_ptr(), weight.data_ptr(), DTYPES[weight.dtype], mean.data_ptr(), var.data_ptr(), stats.data_ptr(),
+        *_parameters(scale, bias, outputs), weight.numel(), outputs, taps, groups, channels_last, eps,
+    )  # fmt: skip
+
+
+def analytic_norm_weight_bwd(
+    of_weight, of_mean, of_var, of_scale, dnew, dnew_bias, dstats, weight, mean, var, scale, stats, outputs, taps, groups, channels_last, eps
+) -> None:
+    _cpu_kernels().analytic_norm_weight_bwd(
+        of_weight.data_ptr(), dnew.data_ptr(), weight.data_ptr(), DTYPES[weight.dtype], of_mean.data_ptr(), of_var.data_ptr(), of_scale.data_ptr(),
+        dnew_bias.data_ptr(), dstats.data_ptr(), mean.data_ptr(), var.data_ptr(), stats.data_ptr(), *_parameter(scale, outputs),
+        weight.numel(), outputs, taps, groups, channels_last, eps,
+    )  # fmt: skip
+
+
 # The everyday calls in as few steps as Python allows: dense x on the CPU, vectors of C. They answer None when anything is out of the ordinary.
 # On small tensors the checks, the choice of a backend and the calls between them cost more than the arithmetic.
 

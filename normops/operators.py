@@ -289,7 +289,7 @@ def public(schema: str, autocast: bool = True) -> Callable[[Body], Body]:
 
         @wraps(body)
         def function(*args, **kwargs):
-            if eager():
+            if eager() and (not args or isinstance(args[0], Tensor)):
                 return body(*args, **kwargs)
             kwargs |= dict(zip(names, args, strict=False))
             for key, value in kwargs.items():  # operators take no numbers for lists and tensors

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from normops.activations import ACTIVATIONS, BY_CODE, CODES
+from normops.maps import activation_moments_fwd  # noqa: F401 (functions of a backend)
+from normops.weights import analytic_norm_weight_bwd, analytic_norm_weight_fwd  # noqa: F401
 
 HUGE = 2.0**50  # deviations above this are scaled down before they are squared
 

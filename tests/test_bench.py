@@ -100,15 +100,53 @@ LAYOUTS += [(norm, layout) for norm in NORMS if norm != "group_norm" and not nor
 def test_every_method_of_every_norm_passes_the_gate(norm, layout, dtype, options):
     if "residual" in options and norm.startswith("add_"):
         pytest.skip("the sum is this norm's residual")
-    if "affine" in options and norm in ("batch_renorm", "batch_instance_norm"):
+    if "residual" in options and norm in shapes.OF_PARAMETERS:
+        pytest.skip("nothing follows")
+    if "affine" in options and norm in ("batch_renorm", "batch_instance_norm", "analytic_norm", *shapes.OF_PARAMETERS):
         pytest.skip("its composition has a weight")
     case = replace(CASE, norm=norm, shape=(7, 24) if layout == "row" else (3, 6, 4, 5), dtype=dtype, layout=layout, **({"act": "none"} | options))
     expected = exact_of(case)
     found = methods(case)
-    written = ("adaptive_instance_norm", "rms_norm", "batch_renorm", "batch_instance_norm")
+    written = ("adaptive_instance_norm", "rms_norm", "batch_renorm", "batch_instance_norm", "analytic_norm")
     assert ("manual" in found) == (norm in written or (norm, layout != "row") == ("layer_norm", True))
     for call in found.values():
         assert gate.wrong(case, call, *expected) == {}
+
+
+PARAMETERS = {
+    "linear": {"norm": "analytic_norm_weight", "shape": (5, 24)},
+    "convolution": {"norm": "analytic_norm_weight", "shape": (7, 6, 3, 3)},
+    "depthwise": {"norm": "analytic_norm_weight", "shape": (6, 1, 3, 3), "groups": 6},
+} | {act: {"norm": "activation_moments", "shape": (1, 33), "dtype": "fp64", "act": act} for act in ("relu", "gelu", "tanh")}
+
+
+@pytest.mark.parametrize("options", PARAMETERS.values(), ids=PARAMETERS)
+def test_every_method_of_parameters_passes_the_gate(options):
+    """Torch has a rival where users write one; nothing takes the activation for one that follows."""
+    case = replace(CASE, **({"act": "none", "groups": 0} | options))
+    expected = exact_of(case)
+    found = methods(case)
+    assert ("eager" in found) == (case.act in ("none", "relu"))
+    for call in found.values():
+        assert gate.wrong(case, call, *expected) == {}
+    for number, result in enumerate(NORMS[case.norm].results):
+
+        def damaged(*tensors, number=number):
+            return [(1.01 if number == each else 1) * value for each, value in enumerate(found["ours"](*tensors))]
+
+        assert gate.verdict(case, damaged, *expected, False).startswith(f"WRONG: {result} without grad 1.0e-02")
+
+
+def test_times_of_parameters():
+    """Every case has its line, also one that torch has no rival of."""
+    cases = [replace(CASE, **({"name": name, "groups": 0} | options)) for name, options in PARAMETERS.items() if "act" in options]
+    rows = [{field: str(row.get(field, "")) for field in run.FIELDS} for case in cases for row in run.measure(case, PLAN)]
+    lines = [line.split(" | ") for line in report._times(rows).splitlines()[4:]]
+    assert [cells[0] for cells in lines] == ["| relu", "| gelu", "| tanh"]
+    for name, *place, forward, _, _ in lines:
+        assert place == ["fp64", "NCHW", "1"]
+        ours, eager, compiled, clone = forward.split(" / ")
+        assert float(ours) > 0 and float(clone) > 0 and compiled == "-" and (eager == "-") == (name != "| relu")
 
 
 def test_a_rival_may_lose_digits_of_sums_only():
@@ -184,9 +222,9 @@ def test_the_grid(norm):
     cpu = shapes.grid(norm, "cpu")
     for case in cpu:
         limit = shapes.LARGE_LIMIT if case.name in shapes.LARGE else shapes.LIMIT
-        assert 4 * case.numel <= limit or case.shape[0] == 1
+        assert 4 * case.numel <= limit or case.shape[0] == 1 or (norm in shapes.OF_PARAMETERS and case.shape == found[case.name].shape)
         assert case.act == found[case.name].act
-    assert {case.dtype for case in cpu} == set(shapes.CPU_DTYPES)
+    assert {case.dtype for case in cpu} == ({"fp64"} if norm == "activation_moments" else set(shapes.CPU_DTYPES))
 
 
 def test_every_chosen_name_is_a_case():

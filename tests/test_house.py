@@ -17,8 +17,8 @@ FILES = sorted(path for folder in ("normops", "kernels") for path in (ROOT / fol
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inc", ".cpp", ".cu", ".cuh"))
 # a module may import what stands after it; kernels lazily
 ORDER = (
-    "nn", "functional", "operators", "autograd", "families", "ops", "launch", "distributed", "layout", "checks", "backends", "kernels", "cpu",
-    "reference", "activations",
+    "nn", "analytic", "functional", "statistics", "operators", "autograd", "families", "ops", "launch", "distributed", "layout", "checks", "backends",
+    "kernels", "cpu", "reference", "weights", "maps", "activations",
 )  # fmt: skip
 PARTS = [importlib.import_module(f"normops.functional.{path.stem}") for path in FILES if path.parent.name == "functional" and path.stem[0] != "_"]
 FUNCTIONS = {name: value for name, value in vars(normops.functional).items() if inspect.isfunction(value) and name in normops.__all__}
@@ -116,7 +116,7 @@ def test_public_functions_have_docstrings(path):
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
-        if path.stem in ("cpu", "reference") and node.name in backends.OPS:
+        if path.stem in ("cpu", "reference", "maps", "weights") and node.name in backends.OPS:
             continue  # the pair that every backend offers: backends.py describes it
         assert ast.get_docstring(node), f"{node.name} has no docstring"
 
@@ -151,18 +151,27 @@ def test_documented_signature(name):
     for argument in inspect.signature(FUNCTIONS[name]).parameters:
         assert re.search(rf"\b{argument}\b", text), f"{argument} is not documented"
     assert re.search(r"Same as|No torch function|(see|is) `\w+`", own), "what torch computes it by"
-    for pattern in ("Same as ``", "[Rr]aise", "arXiv", "variance"):
+    for pattern in ("Same as ``|No torch function", "[Rr]aise", "arXiv|Source: ", "variance"):
         assert re.search(pattern, text), pattern
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+FORMULAS = {"max_moments", "max_pool_moments", "argmax_probabilities", "softmax_mean"}  # a few torch functions, traced as they are
+
+
+@pytest.mark.parametrize("name", FUNCTIONS.keys() - FORMULAS)
 def test_op_and_function_have_one_signature(name):
     """What the schema and the public function call their arguments, and the defaults."""
     schema = getattr(torch.ops.normops, name).default._schema
     ops = [(argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty, argument.kwarg_only)
            for argument in schema.arguments]  # fmt: skip
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-    assert ops[1:] == [(parameter.name, parameter.default, parameter.kind == parameter.KEYWORD_ONLY) for parameter in parameters][1:]
+    assert (
+        ops[1:]
+        == [
+            (parameter.name, [] if parameter.default == () else parameter.default, parameter.kind == parameter.KEYWORD_ONLY)
+            for parameter in parameters
+        ][1:]
+    )
     written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
     assert written == [argument.name for argument in schema.arguments if argument.name.startswith("running")], "running statistics, nothing else"
 

@@ -13,8 +13,20 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from normops.kernels.config import Config, Device, RowConfig, choose, choose_batch, choose_rows
-from triton_variants import batch_launches, compile_variant, executed, global_accesses, group_launches, resources, row_launches
+from normops.kernels.config import Config, Device, RowConfig, choose, choose_batch, choose_rows, choose_weight
+from triton_variants import (
+    batch_launches,
+    compile_variant,
+    executed,
+    global_accesses,
+    group_launches,
+    moments_launches,
+    resources,
+    row_launches,
+    weight_launches,
+)
+
+from normops import maps
 
 B, H, F, D = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -85,6 +97,17 @@ BATCH = [
     (1024, 64, 1, 64, B, True, 1, False),  # held forward
     (32, 512, 1, 512, F, True, 1, False),
     (64, 32, 6 * 6, 32, D, False, 3, True),
+]
+# outputs, inputs of a group, taps, groups, dtype, channels last
+WEIGHT = [
+    (512, 512, 9, 1, F, False),  # held, 4608 of 8192; backward split
+    (2048, 1024, 1, 1, F, False),
+    (8192, 1, 9, 8192, F, False),  # depthwise: rows of several groups in a tile
+    (64, 3, 49, 1, F, False),
+    (4096, 16384, 1, 1, B, False),  # long
+    (256, 64, 9, 1, B, True),
+    (256, 8, 9, 32, H, False),
+    (1024, 512, 4, 1, D, False),
 ]
 CAPABILITIES = [90, 80, 100]
 # Instructions an element at which the issue slots and the HBM of an H200 are even; erf alone takes 25.
@@ -217,3 +240,56 @@ def test_instructions(compiled):
         return f"{count:.1f} instructions an element, budget {budget}, {v.usage}" if count > budget else None
 
     every(compiled, complaint)
+
+
+# ---- propagated statistics ----
+
+
+def inspect_statistics(job):
+    """Step, usage, accesses, PTX of every kernel of a map or of the weight of an analytic norm."""
+    call, backward, capability = job
+    if isinstance(call, str):
+        config, launches = None, moments_launches(maps.CODES[call])
+    else:
+        outputs, inputs, taps, groups, dtype, _ = call
+        config = choose_weight(outputs, inputs * taps, groups, dtype.itemsize, backward)
+        launches = weight_launches(config, *call, backward)
+    found = []
+    for kernel, num_warps, args in launches:
+        compiled = compile_variant(kernel, num_warps, args, capability)
+        opcodes = executed(compiled)
+        step = next((value for p, value in zip(kernel.params, args, strict=True) if p.name == "STEP"), None)
+        found.append((job, kernel.__name__, config, step, resources(compiled), global_accesses(opcodes), compiled.asm["ptx"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    """Every map on every architecture; of the weights a quarter on those but the first."""
+    jobs = [(name, False, capability) for name in maps.MAPS if name not in ("relu", "relu6", "selu") for capability in CAPABILITIES]
+    weights = [(call, backward, capability) for capability in CAPABILITIES for call in WEIGHT for backward in (False, True)]
+    jobs += [job for i, job in enumerate(weights) if job[2] == 90 or i % 4 == 0]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return [kernel for found in pool.map(inspect_statistics, jobs, chunksize=1) for kernel in found]
+
+
+def test_statistics_do_not_spill(statistics):
+    for job, name, config, _, usage, _, _ in statistics:
+        # sin and cos of huge angles have a table of 40 bytes on the stack, beside which ptxas may save a register or two. Where 16 warps fill the
+        # registers it may give up a few.
+        allowed = 48 if job[0] == "sin" else 32 if config and config.num_warps == 16 else 8
+        assert usage["stack"] <= allowed and not usage["local"], (job, name, config, usage)
+
+
+def test_statistics_have_no_atomics(statistics):
+    assert not [(job, name) for job, name, *_, ptx in statistics if re.search(r"\b(atom|red)\.", ptx)]
+
+
+def test_weights_at_full_width(statistics):
+    """A thread's elements of the weight are read and written in vectors of V."""
+    for job, name, config, step, _, accesses, _ in statistics:
+        if "norm_weight" in name and job[0][4].itemsize * config.V > 2:
+            vectors = max(1, config.ROWS * config.BLOCK // (32 * config.num_warps) // config.V)
+            width = 8 * config.V * job[0][4].itemsize
+            written = 0 if step == 1 else vectors  # the first step of long rows gathers products only
+            assert accesses["ld", width] >= vectors * (2 if job[1] else 1) and accesses["st", width] >= written, (job, name, config, accesses)

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from normops.kernels import activation_moments
 from normops.kernels import launch as launcher
 
 
@@ -79,3 +80,15 @@ def test_the_cache_is_bounded(kernel, monkeypatch):
     for size in range(5):
         launcher.launch(kernel, 1, 4, x, size)
     assert len(launcher._compiled) <= 2
+
+
+def test_the_nodes_of_an_integral_are_made_once(kernel, monkeypatch):
+    """What a map calls for is there at the second call: nothing is computed or copied on the way to the launch."""
+    monkeypatch.setattr(activation_moments, "_activation_moments_kernel", kernel)
+    mean, out = torch.zeros(64, dtype=torch.float64), torch.zeros(6, 64, dtype=torch.float64)
+    for _ in range(2):
+        activation_moments.forward(None, out, mean, mean, 7, 0.0, 0.0)
+    (_, _, *first), (_, *second) = kernel.notes
+    assert kernel.notes[1][0] == "run" and any(arg is first[3] for arg in second)
+    nodes, weights = first[3].view(2, -1)
+    torch.testing.assert_close(weights @ nodes.pow(126), torch.tensor(2 / 127, dtype=torch.float64))  # exact for polynomials of degree 127

@@ -9,7 +9,7 @@ import tempfile
 
 import torch
 import triton
-from normops.kernels import batch_norm, fold, group_norm, row_norm
+from normops.kernels import activation_moments, analytic_norm_weight, batch_norm, fold, group_norm, row_norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -24,7 +24,7 @@ def meta(*size, dtype):
 def recording():
     """Launches are noted, (kernel, num_warps, args), and do not take place; tensors are on the meta device."""
     recorded = []
-    modules = (group_norm, batch_norm, row_norm, fold)
+    modules = (group_norm, batch_norm, row_norm, fold, activation_moments, analytic_norm_weight)
     real = group_norm.launch
     for module in modules:
         module.launch = lambda kernel, programs, num_warps, *args: recorded.append((kernel, num_warps, args))
@@ -74,6 +74,27 @@ def row_launches(config, N, C, S, G, dtype, centered, backward, activation=0, ad
             row_norm.backward(config, x, weight, bias, None, x, added, x, stats, weight, bias, None, N, C, G, centered, 0.0, activation, 0.1)
         else:
             row_norm.forward(config, x, added, stats, x, added, weight, bias, None, N, C, G, centered, 0.0, 1e-5, activation, 0.1)
+    return recorded
+
+
+def moments_launches(function):
+    """The launch of one map."""
+    mean = meta(1000, dtype=torch.float64)
+    with recording() as recorded:
+        activation_moments.forward(None, meta(6, 1000, dtype=torch.float64), mean, mean, function, 0.5, 0.7)
+    return recorded
+
+
+def weight_launches(config, outputs, inputs, taps, groups, dtype, channels_last, backward):
+    """Every launch of one analytic norm."""
+    weight, scale = meta(outputs, inputs, taps, dtype=dtype), meta(outputs, dtype=dtype)
+    mean, row, stats = (meta(*size, dtype=torch.float64) for size in ((groups * inputs,), (outputs,), (2, outputs)))
+    sizes = (outputs, taps, groups, channels_last, 1e-10)
+    with recording() as recorded:
+        if backward:
+            analytic_norm_weight.backward(config, weight, mean, mean, row, weight, row, stats, weight, mean, mean, scale, stats, *sizes)
+        else:
+            analytic_norm_weight.forward(config, weight, scale, stats, weight, mean, mean, scale, scale, *sizes)
     return recorded
 
 

@@ -3,6 +3,7 @@
 // planes:  channels of one group, each contiguous in memory: the coefficients of a plane are scalars
 // columns: pixels with all their channels contiguous: the coefficients are vectors over channels
 // rows:    consecutive channels that share a statistic: the statistics are scalars, weight and bias vectors
+// weights: rows of a weight, with vectors over the elements of a row
 // across:  positions with a statistic each over channels `stride` apart: the statistics are vectors over positions, weight and bias scalars
 #pragma once
 
@@ -163,6 +164,30 @@ struct WholeGroupsBackward {
 };
 
 template <typename T>
+struct WeightRows {
+  T *out, *new_bias;
+  const T* weight;
+  const Acc<T>*mean, *var;                // per element of a row, for each group
+  const double *input_mean, *input_var;  // the same per input: every `run` elements, again and again
+  const double *scale, *bias;            // per row, as what follows
+  double *m, *q;
+  double eps;
+  int64_t n, group, inputs, run;  // elements of a row, rows and inputs of a group
+};
+
+template <typename T>
+struct WeightRowsBackward {
+  T* of_weight;
+  const T *dnew, *weight;
+  double *of_mean, *of_var;  // per element of a row, for each group; added to
+  const double *mean, *var;
+  double* of_scale;  // per row, as what follows
+  const double *dbias, *dm, *dq, *scale, *m, *q;
+  double eps;
+  int64_t n, group;
+};
+
+template <typename T>
 struct Loops {
   using A = Acc<T>;
 
@@ -196,6 +221,9 @@ struct Loops {
   void (*across_sums)(A* sum_dt_xhat, A* sum_dt, A* sum_g_xhat, A* sum_g, const Backward<T, Across<A>>&, int64_t channels, int64_t positions,
                       int64_t stride, Options<A>);
   void (*across_backward)(const Backward<T, Across<A>>&, int64_t channels, int64_t positions, int64_t stride, Options<A>);
+
+  void (*weights)(const WeightRows<T>&, int64_t row, int64_t rows);
+  void (*weights_backward)(const WeightRowsBackward<T>&, int64_t row, int64_t rows);
 };
 
 template <typename T>

@@ -1,10 +1,11 @@
-// The module normops._C: the six functions of a backend on memory that normops/cpu.py points to. Arguments are checked before; a plain C call with
+// The module normops._C: the functions of a backend on memory that normops/cpu.py points to. Arguments are checked before; a plain C call with
 // addresses costs a microsecond or two less than an operator behind the dispatcher.
 #include "across_norm.h"
 #include "batch_columns.h"
 #include "channels_first.h"
 #include "channels_last.h"
 #include "row_norm.h"
+#include "statistics.h"
 
 #include <Python.h>
 
@@ -256,6 +257,12 @@ void with_row_norm(const Call& c, bool centered, double weight_offset, F&& f) {
   });
 }
 
+// ---- statistics ----
+
+const double* per_output(const Parameter& parameter, double value, int64_t outputs, Buffer<double>& storage) {
+  return parameter.data ? widened(parameter, outputs, 0.0, storage) : constant(value, outputs, storage);
+}
+
 // ---- what Python calls ----
 
 struct Arguments {  // positional, in the order of the calls in normops/cpu.py
@@ -264,6 +271,7 @@ struct Arguments {  // positional, in the order of the calls in normops/cpu.py
   void* pointer() { return PyLong_AsVoidPtr(*next++); }
   int64_t integer() { return PyLong_AsLongLong(*next++); }
   double real() { return PyFloat_AsDouble(*next++); }
+  double* doubles() { return static_cast<double*>(pointer()); }
   Parameter parameter() {
     void* data = pointer();
     const int64_t dtype = integer();
@@ -276,6 +284,10 @@ struct Arguments {  // positional, in the order of the calls in normops/cpu.py
     const int64_t N = integer(), C = integer(), S = integer() / (N * C), G = integer();
     const auto activation = static_cast<Activation>(integer());
     return {x, residual, stats, dtype, weight, bias, N, C, S, G, activation, real()};
+  }
+  WeightShape weight_shape() {
+    const int64_t size = integer(), outputs = integer(), taps = integer(), groups = integer();
+    return {outputs, size / (outputs * taps), taps, groups, integer() != 0};
   }
   Gradients gradients() {
     void *dx = pointer(), *dresidual = pointer(), *dy = pointer();
@@ -392,6 +404,59 @@ PyObject* row_norm_bwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* activation_moments_fwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 7)) return nullptr;
+  Arguments arguments{args};
+  double *out = arguments.doubles(), *mean = arguments.doubles(), *var = arguments.doubles();
+  const int64_t n = arguments.integer();
+  const auto map = static_cast<Map>(arguments.integer());
+  const double first = arguments.real(), second = arguments.real();
+  return run([&] { activation_moments(out, mean, var, n, map, first, second); });
+}
+
+PyObject* analytic_norm_weight_fwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 19)) return nullptr;
+  Arguments arguments{args};
+  void *out = arguments.pointer(), *new_bias = arguments.pointer(), *weight = arguments.pointer();
+  const int64_t dtype = arguments.integer();
+  const double *mean = arguments.doubles(), *var = arguments.doubles();
+  double* stats = arguments.doubles();
+  const Parameter scale = arguments.parameter(), bias = arguments.parameter();
+  const WeightShape shape = arguments.weight_shape();
+  const double eps = arguments.real();
+  return run([&] {
+    Buffer<double> scales, biases;
+    const double *s = per_output(scale, 1, shape.outputs, scales), *b = per_output(bias, 0, shape.outputs, biases);
+    with_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      analytic_norm_weight<T>(shape, {static_cast<T*>(out), static_cast<T*>(new_bias), static_cast<const T*>(weight), nullptr, nullptr, mean, var, s,
+                                      b, stats, stats + shape.outputs, eps, 0, 0, 0, 0});
+    });
+  });
+}
+
+PyObject* analytic_norm_weight_bwd(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (!expect(count, 21)) return nullptr;
+  Arguments arguments{args};
+  void *of_weight = arguments.pointer(), *dnew = arguments.pointer(), *weight = arguments.pointer();
+  const int64_t dtype = arguments.integer();
+  double *of_mean = arguments.doubles(), *of_var = arguments.doubles(), *of_scale = arguments.doubles();
+  const double *dbias = arguments.doubles(), *dstats = arguments.doubles(), *mean = arguments.doubles(), *var = arguments.doubles();
+  const double* stats = arguments.doubles();
+  const Parameter scale = arguments.parameter();
+  const WeightShape shape = arguments.weight_shape();
+  const double eps = arguments.real();
+  return run([&] {
+    Buffer<double> scales;
+    const double* s = per_output(scale, 1, shape.outputs, scales);
+    with_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      analytic_norm_weight_backward<T>(shape, {static_cast<T*>(of_weight), static_cast<const T*>(dnew), static_cast<const T*>(weight), of_mean, of_var,
+                                               mean, var, of_scale, dbias, dstats, dstats + shape.outputs, s, stats, stats + shape.outputs, eps, 0, 0});
+    });
+  });
+}
+
 template <typename F>
 PyMethodDef method(const char* name, F* function) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
@@ -403,7 +468,10 @@ PyMODINIT_FUNC PyInit__C() {
   using namespace normops;
   static PyMethodDef methods[] = {method("group_norm_fwd", group_norm_fwd), method("group_norm_bwd", group_norm_bwd),
                                   method("batch_norm_fwd", batch_norm_fwd), method("batch_norm_bwd", batch_norm_bwd),
-                                  method("row_norm_fwd", row_norm_fwd), method("row_norm_bwd", row_norm_bwd), {}};
+                                  method("row_norm_fwd", row_norm_fwd), method("row_norm_bwd", row_norm_bwd),
+                                  method("activation_moments_fwd", activation_moments_fwd),
+                                  method("analytic_norm_weight_fwd", analytic_norm_weight_fwd),
+                                  method("analytic_norm_weight_bwd", analytic_norm_weight_bwd), {}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

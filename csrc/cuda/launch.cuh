@@ -90,8 +90,8 @@ Parameter parameter(const OptionalTensor& vector, int64_t N, int64_t C, double o
   return {values(vector), N / vector_rows(vector, C), offset, 0};
 }
 
-Problem problem_of(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t N, int64_t C, int64_t num_groups, double offset,
-                   int64_t activation, double slope) {
+inline Problem problem_of(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t N, int64_t C, int64_t num_groups,
+                          double offset, int64_t activation, double slope) {
   STD_TORCH_CHECK(C <= INT_MAX, "normops: too many channels");
   const int channels = static_cast<int>(C), groups = static_cast<int>(num_groups);
   const Parameter scale = parameter(weight, N, C, offset), shift = parameter(bias, N, C, 0);

@@ -17,20 +17,36 @@ Differentiable twice by kernels, further by the reference. Arguments that do not
 is computed or written.
 """
 
+from normops.functional.analytic import (
+    activation_moments,
+    analytic_norm,
+    analytic_norm_weight,
+    argmax_probabilities,
+    max_moments,
+    max_pool_moments,
+    softmax_mean,
+)
 from normops.functional.batch import batch_instance_norm, batch_norm, batch_renorm, sync_batch_norm
 from normops.functional.group import adaptive_instance_norm, group_norm, instance_norm
 from normops.functional.row import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
+    "activation_moments",
     "adaptive_instance_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "analytic_norm",
+    "analytic_norm_weight",
+    "argmax_probabilities",
     "batch_instance_norm",
     "batch_norm",
     "batch_renorm",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "max_moments",
+    "max_pool_moments",
     "rms_norm",
+    "softmax_mean",
     "sync_batch_norm",
 ]
