@@ -265,19 +265,22 @@ def gradients_under(model, x, autocast):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(compiler):
-    """In place: eager's outputs and gradients in every step, compiled once."""
+    """In place: eager's outputs and gradients in every step, compiled at the first; by torch 2.13 and later as one graph."""
     torch._dynamo.reset()
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         counter, name = CompileCounterWithBackend(compiler), "cnn" if compiler == "aot_eager" else "mlp"
         model = analytic.normalize(make(name), moments(name), preserve=False)
         eager, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.01)
         model.compile(backend=counter)
+        counts = []
         for _ in range(3):
             x = data(name)
             torch.testing.assert_close(gradients(model, x), gradients(eager, x))
             optimizer.step()
             eager.load_state_dict(model.state_dict())
-        assert counter.frame_count == 1
+            counts.append(counter.frame_count)
+        assert counts[0] == counts[1] == counts[2] >= 1
+        assert counts[0] == 1 or torch.__version__ < "2.13"
     torch._dynamo.reset()
 
 

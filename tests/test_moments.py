@@ -390,6 +390,9 @@ ERRORS = {
     "another first layer": (
         lambda: propagate(nn.Conv2d(3, 4, 5), analytic.input_moments([images()], "patch", kernel_size=3, progress=False)), ValueError, "27 .* got 75",
     ),
+    "a sample that it does not fit": (
+        lambda: Moments(torch.zeros(5, 2).double(), torch.ones(5, 2).double(), torch.Size((1, 2))), ValueError, r"of shape \(1, 2\), got \(5, 2\)",
+    ),
     "report without data": (lambda: analytic.report(nn.ReLU(), [], progress=False), ValueError, "at least one sample"),
     "report of what is read once": (
         lambda: analytic.report(nn.Linear(3, 3), iter([torch.randn(5, 3)]), progress=False), ValueError, "read again",

@@ -101,7 +101,7 @@ class Moments:
     def channels(self, dim: int = 0) -> Moments:
         """One mean and variance for each index of a dimension: over positions, the variance within and between them."""
         if dim == 0 and self.uniform and len(self.mu) == len(self.var) == self.sample[0]:
-            return self
+            return Moments(self.mu, self.var, self.sample, self.layers)
         dim = dim % len(self.sample)
         positions = tuple(other for other in range(len(self.sample)) if other != dim)
         mean, var = (
@@ -218,7 +218,7 @@ def _fit(mean: Any, var: Any, sample: torch.Size) -> bool:
     if not len(mean.shape) == len(var.shape) == len(sample):
         return False
     for a, b, size in zip(mean.shape, var.shape, sample, strict=True):
-        if a != size != 1 != a or b != size != 1 != b:
+        if a not in (1, size) or b not in (1, size):
             return False
     return True
 

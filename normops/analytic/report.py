@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def report(
     def compare(name: str):
         def hook(module, args, output: Any) -> None:
             if isinstance(output, Moments):
-                analytic.setdefault(name, output)
+                analytic.setdefault(name, copy(output))  # a function in place may follow
             elif isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 1 and name not in seen:
                 seen.add(name)
                 rows = output.detach().double()
