@@ -245,3 +245,15 @@ def test_initialized_units_on_data(activation):
             if isinstance(part, nn.Linear):
                 assert x.mean(0).square().mean().sqrt() < 0.1
                 assert 0.9 < x.std(0).log().mean().exp() < 1.1
+
+
+def test_statistics_follow_the_model():
+    """To its device, here the one without memory; the moments that were given stay where they are."""
+    given = analytic.Moments(torch.randn(3), torch.rand(3), (3, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).to("meta")
+    assert analytic.propagate(model, given).device.type == "meta"
+    assert analytic.normalize(model, given, preserve=False).analytic_mean.device.type == "meta"
+    assert model(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 3)
+    assert given.device.type == "cpu"
+    moved = analytic.propagate(lambda x: x.cpu().to(torch.float16).to("cpu"), given)
+    assert torch.equal(moved.mean, given.mean) and torch.equal(moved.var, given.var)

@@ -46,8 +46,9 @@ def normalize(
         names.append(name)
         return Moments(output.mu, output.var, output.sample, frozenset((name,)), output.before, output.patch)
 
+    moments = given("analytic.normalize", moments, model)
     with layers_before_nonlinearities() as found, _layer_outputs(model, name_layer):
-        _run(model, given("analytic.normalize", moments), assumptions)
+        _run(model, moments, assumptions)
     chosen = found if layers is None else set(layers)
     if unknown := chosen - set(names):
         raise ValueError(f"analytic.normalize: expected names of layers out of {', '.join(names)}, got {', '.join(sorted(unknown))}")
@@ -65,14 +66,13 @@ def normalize(
         return layer.sweep(x)
 
     with _layer_outputs(model, make_analytic):
-        _run(model, copy(moments), assumptions)
+        _run(model, moments, assumptions)
     _forget(model.modules())
     buffers = {"mean": moments.mu, "var": moments.var}
     if moments.patch is not None:
         buffers |= zip(("patch_mean", "patch_covariance"), moments.patch, strict=True)
-    device = next((parameter.device for parameter in model.parameters()), None)
     for name, value in buffers.items():
-        model.register_buffer(f"analytic_{name}", value.detach().clone().to(device))
+        model.register_buffer(f"analytic_{name}", value.detach().clone())
     model.__dict__["analytic"] = moments.sample, assumptions
     model.register_forward_pre_hook(_sweep, with_kwargs=True)
     return model
@@ -80,7 +80,7 @@ def normalize(
 
 def _run(model: torch.nn.Module, moments: Moments, assumptions: Closure) -> None:
     with torch.no_grad(), assuming(assumptions), module_rules(model.modules()):
-        model._call_impl(moments)  # with the model's own hooks, but not what it is compiled to
+        model._call_impl(copy(moments))  # with the model's own hooks, but not what it is compiled to
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _sweep(model: Any, args: tuple, kwargs: dict) -> None:
     shape, assumptions = model.analytic
     patch = (model.analytic_patch_mean, model.analytic_patch_covariance) if hasattr(model, "analytic_patch_mean") else None
     start = Moments(model.analytic_mean, model.analytic_var, shape, patch=patch)
-    with torch.autocast(start.mu.device.type, enabled=False), assuming(assumptions), module_rules(modules):
+    with assuming(assumptions), module_rules(modules):  # autocast leaves float64 alone
         if args:
             model._call_impl(start, *args[1:], **kwargs)
         else:
@@ -179,5 +179,5 @@ def initialize_(model: Model, moments: Moments, *, eps: float = 1e-10, padding: 
         return layer.forward(x)
 
     with _layer_outputs(model, scale):
-        _run(model, given("analytic.initialize_", moments), Closure(padding, pooling, residual, "always"))
+        _run(model, given("analytic.initialize_", moments, model), Closure(padding, pooling, residual, "always"))
     return model

@@ -122,6 +122,12 @@ class Moments:
     def __repr__(self) -> str:
         return f"Moments(mean={_span(self.mu)}, var={_span(self.var)}, sample={tuple(self.sample)})"
 
+    def to(self, *args: Any, **kwargs: Any) -> Moments:
+        """On the device that ``torch.Tensor.to`` of these arguments names; always float64."""
+        device = torch.empty(0, device=self.device).to(*args, **kwargs).device
+        patch = None if self.patch is None else (self.patch[0].to(device), self.patch[1].to(device))
+        return Moments(self.mu.to(device), self.var.to(device), self.sample, self.layers, self.before, patch)
+
     # ---- as a tensor of one sample, for the code of models ----
 
     def size(self, dim: int | None = None) -> Any:
@@ -191,11 +197,12 @@ for _name in (
     setattr(Moments, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def given(op: str, moments: Moments) -> Moments:
-    """A copy of a function's argument, checked."""
+def given(op: str, moments: Moments, model: Any = None) -> Moments:
+    """A copy of a function's argument, checked, on the device of a model."""
     if not isinstance(moments, Moments):
         raise TypeError(f"{op}: expected Moments, got {type(moments).__name__}")
-    return copy(moments.check())
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    return moments.check().to(next((parameter.device for parameter in parameters), moments.device))
 
 
 class _Mean(Tensor):
@@ -293,7 +300,7 @@ class _Propagate:
     def __call__(
         self, function: Callable, moments: Moments, *, padding: str = "ignore", pooling: float = 0.0, residual: float = 0.0, **kwargs
     ) -> Moments:
-        moments = given("propagate", moments)
+        moments = given("propagate", moments, function)
         modules = function.modules() if isinstance(function, torch.nn.Module) else ()
         with assuming(Closure(padding, pooling, residual)), module_rules(modules):
             return function(moments, **kwargs)

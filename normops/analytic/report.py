@@ -98,7 +98,7 @@ def report(
     try:
         with torch.no_grad():
             with assuming(assumptions), module_rules(model.modules()):
-                model(given("analytic.report", moments))
+                model(given("analytic.report", moments, model))
             device = next((parameter.device for parameter in model.parameters()), None)
             for batch in shown(loader, progress):
                 seen.clear()

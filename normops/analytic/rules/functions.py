@@ -253,7 +253,15 @@ def _(input, *args, **kwargs):
     return copy(input)
 
 
-@rule("contiguous", "to", "float", "double", "half", "bfloat16", "identity", "type", "cpu", "cuda")
+def _elsewhere(name: str) -> Callable:
+    return lambda input, *args, **kwargs: input.to(getattr(torch.empty(0, device=input.device), name)(*args, **kwargs).device)
+
+
+for _name in ("cpu", "cuda"):
+    RULES[_name] = _elsewhere(_name)
+
+
+@rule("contiguous", "float", "double", "half", "bfloat16", "identity", "type")
 def _(input, *args, **kwargs):
     return input
 
