@@ -157,8 +157,8 @@ def check_moments(op: str, mean: Tensor, var: Tensor) -> None:
 
 def check_variance(op: str, var: Tensor) -> None:
     """No negative variance; elsewhere than on a CPU the question would wait for the device."""
-    if var.is_cpu and plain(var) and (var < 0).any():
-        raise ValueError(f"{op}: expected var >= 0, got {float(var.detach().min()):g}")
+    if var.is_cpu and plain(var) and var.numel() and (least := var.detach().min().item()) < 0:
+        raise ValueError(f"{op}: expected var >= 0, got {least:g}")
 
 
 def activation_moments(direct: bool, mean: Tensor, var: Tensor, activation: str, parameters: Any) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,8 @@ def analytic_norm_weight(direct: bool, weight, mean, var, scale, bias, groups, e
         m, q = weights.transposed_moments(weight, mean, var, groups, stride, dilation or (1,) * len(stride))
         return *weights.normalized(weight, m, q, scale, bias, groups, eps, transposed=True), m, q
     new, new_bias, stats = norm_weight(direct, weight, mean, var, scale, bias, groups, eps)
-    return new, new_bias, stats[0].clone(), stats[1].clone()  # results of an operator share no memory
+    m, q = (stats[0], stats[1]) if direct else (stats[0].clone(), stats[1].clone())  # results of an operator share no memory
+    return new, new_bias, m, q
 
 
 # ---- the operators ----
