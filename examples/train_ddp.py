@@ -86,6 +86,7 @@ def main() -> None:
         rows.append(("test accuracy", *(f"{100 * value:.1f} %" for value in accuracy)))
         rows.append(("largest difference of the losses", f"{max(abs(a - b) for a, b in zip(mine, theirs, strict=True)):.1e}", ""))
         print("\n" + table(("", *runs), rows))
+    del net  # while it lives, so does its group; the end of a group that it held last can wait for itself
     dist.destroy_process_group()
 
 
