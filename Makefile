@@ -17,7 +17,7 @@ style: $(VENV)/ready
 small-batches: $(VENV)/ready
 	$(RUN) examples/small_batches.py $(ARGS)
 
-# four experiments, some twelve minutes; glibc keeps the pages of large results, so that times are not those of page faults
+# four experiments, a quarter of an hour; glibc keeps the pages of large results, so that times are not those of page faults
 analytic: export MALLOC_MMAP_THRESHOLD_ = 4294967296
 analytic: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 analytic: $(VENV)/ready
