@@ -141,13 +141,12 @@ def modulate(
 # ---- moments ----
 
 
-def check_broadcast(op: str, what: str, *values: Tensor) -> None:
-    """Tensors that broadcast."""
+def broadcast(op: str, what: str, *shapes: torch.Size) -> torch.Size:
+    """The shape of what broadcasts."""
     try:
-        torch.broadcast_shapes(*(value.shape for value in values))
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        shapes = " and ".join(str(tuple(value.shape)) for value in values)
-        raise ValueError(f"{op}: expected {what} to broadcast, got shapes {shapes}") from None
+        raise ValueError(f"{op}: expected {what} to broadcast, got shapes {' and '.join(str(tuple(shape)) for shape in shapes)}") from None
 
 
 def check_map(activation: str, parameters: Sequence[float]) -> tuple[float, ...]:

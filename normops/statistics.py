@@ -151,7 +151,7 @@ def check_moments(op: str, mean: Tensor, var: Tensor) -> None:
     if mean.device != var.device:
         raise ValueError(f"{op}: expected var on mean's device {mean.device}, got {var.device}")
     if mean.shape != var.shape:
-        checks.check_broadcast(op, "mean and var", mean, var)
+        checks.broadcast(op, "mean and var", mean.shape, var.shape)
     check_variance(op, var)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from normops import statistics, weights
 from normops.analytic.moments import Moments, apply, closure
 from normops.analytic.rules import linear
-from normops.analytic.rules.shapes import expect_channels, shape_after
+from normops.analytic.rules.shapes import along, expect_channels, shape_after
 from normops.autograd import plain, recomputing
 
 _apply = torch.compiler.disable(apply)  # where a layer is compiled by itself
@@ -56,7 +56,7 @@ class Analytic(torch.nn.Module):
         """Find the weight and bias of the next call; the moments of its output."""
         weight, bias, shape = self._normalize(x)
         self.__dict__.setdefault("effective", []).append((weight, bias))
-        mean, std = (along(value.double(), output_dim(self), shape) for value in (self.bias, self.scale))
+        mean, std = (along(value.double(), len(shape), output_dim(self)) for value in (self.bias, self.scale))
         return Moments(mean, std.square(), shape)
 
     def _fused(self, x: Moments, groups: int) -> tuple[Tensor, Tensor]:
@@ -81,13 +81,6 @@ class Analytic(torch.nn.Module):
 def output_dim(layer: torch.nn.Module) -> int:
     """Where the outputs of a layer lie in a sample."""
     return -1 if isinstance(layer, torch.nn.Linear) else 0
-
-
-def along(values: Tensor, dim: int, shape: torch.Size) -> Tensor:
-    """A vector as it lies along one dimension of a shape."""
-    view = [1] * len(shape)
-    view[dim] = -1
-    return values.view(view)
 
 
 class Linear(Analytic, torch.nn.Linear):

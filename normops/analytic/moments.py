@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normops import checks
+
 
 @dataclass(frozen=True)
 class Closure:
@@ -62,7 +64,7 @@ class Moments:
             self.mu, self.var, self.sample = mean, var, sample
             return
         mean, var = (torch.as_tensor(value, dtype=torch.float64).as_subclass(Tensor) for value in (mean, var))
-        self.sample = shape = _together(mean, var) if sample is None else torch.Size(sample)
+        self.sample = shape = checks.broadcast("Moments", "mean and var", mean.shape, var.shape) if sample is None else torch.Size(sample)
         if mean.dim() == var.dim() == 1 < len(shape):
             mean, var = (value.view(-1, *(1,) * (len(shape) - 1)) for value in (mean, var))
         for name, value in (("mean", mean), ("var", var)):
@@ -232,13 +234,6 @@ def _fit(mean: Any, var: Any, sample: torch.Size) -> bool:
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(size in (1, whole) for size, whole in zip(reversed(shape), reversed(to), strict=False))
-
-
-def _together(mean: Tensor, var: Tensor) -> torch.Size:
-    try:
-        return torch.broadcast_shapes(mean.shape, var.shape)
-    except RuntimeError:
-        raise ValueError(f"Moments: expected mean and var that broadcast, got {tuple(mean.shape)} and {tuple(var.shape)}") from None
 
 
 def _span(value: Tensor) -> str:

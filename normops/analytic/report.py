@@ -75,6 +75,7 @@ def report(
     """
     if moments is None:
         moments = input_moments(loader, progress=progress)
+    moments = given("analytic.report", moments, model)
     _, assumptions = getattr(model, "analytic", (None, Closure(padding, pooling, residual)))
     analytic: dict[str, Moments] = {}
     sampled: dict[str, Stream] = {}
@@ -98,11 +99,10 @@ def report(
     try:
         with torch.no_grad():
             with assuming(assumptions), module_rules(model.modules()):
-                model(given("analytic.report", moments, model))
-            device = next((parameter.device for parameter in model.parameters()), None)
+                model(copy(moments))
             for batch in shown(loader, progress):
                 seen.clear()
-                model(first(batch).to(device))
+                model(first(batch).to(moments.device))
     finally:
         for handle in handles:
             handle.remove()

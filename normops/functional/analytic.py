@@ -55,7 +55,7 @@ def max_moments(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor
     statistics.check_moments("max_moments", other_mean, other_var)
     if not isinstance(correlation, Tensor) and not -1 <= correlation <= 1:
         raise ValueError(f"max_moments: expected a correlation in [-1, 1], got {correlation}")
-    checks.check_broadcast("max_moments", "the variables", mean, var, other_mean, other_var)
+    checks.broadcast("max_moments", "the variables", mean.shape, var.shape, other_mean.shape, other_var.shape)
     dtype = mean.dtype
     mean, var, other_mean, other_var = (value.double() for value in (mean, var, other_mean, other_var))
     covariance = correlation * torch.where((var > 0) & (other_var > 0), var * other_var, 1.0).sqrt() * ((var > 0) & (other_var > 0))

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normops import maps, statistics
+from normops import checks, maps, statistics
 from normops.analytic.moments import RULES, Moments, closure, meets_nonlinearity
-from normops.analytic.rules.shapes import expect_channels, rule, shape_after
+from normops.analytic.rules.shapes import along, expect_channels, rule, shape_after
 from normops.autograd import plain
 from normops.functional.analytic import max_moments
 
@@ -94,7 +94,7 @@ def _(input, weight):
     if weight.numel() > 1:
         expect_channels("prelu", input, weight.numel())
     slope = weight.double()
-    slope = slope.view(-1, *(1,) * (len(input.sample) - 1)) if slope.numel() > 1 else slope.view(())
+    slope = along(slope, len(input.sample)) if slope.numel() > 1 else slope.view(())
     mean, var = activation_moments(input, "relu")
     share, _ = activation_moments(input, "step")
     rest = 1 - slope
@@ -128,10 +128,7 @@ def _meeting(x: Moments, *others: Any) -> torch.Size:
     shapes = [value.sample if isinstance(value, Moments) else value.shape for value in (x, *others)]
     if all(shape == x.sample for shape in shapes):
         return x.sample
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        raise ValueError(f"propagate: expected samples that broadcast, got {' and '.join(str(tuple(shape)) for shape in shapes)}") from None
+    return checks.broadcast("propagate", "samples", *shapes)
 
 
 @rule("add", "add_", "__add__", "__radd__", "__iadd__")

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from normops import weights
 from normops.analytic.moments import Moments, closure, meets_nonlinearity
-from normops.analytic.rules.shapes import expect_channels, rule, shape_after
+from normops.analytic.rules.shapes import along, expect_channels, rule, shape_after
 from normops.functional.analytic import max_pool_moments
 
 # ---- linear maps of independent inputs: variances add ----
 
 
 def _plus(mean: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-    if bias is None:
-        return mean
-    shape = [1] * mean.dim()
-    shape[dim] = -1
-    return mean + bias.double().view(shape)
+    return mean if bias is None else mean + along(bias.double(), mean.dim(), dim)
 
 
 def mapped(x: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +69,7 @@ def _everywhere(function: Callable, x: Moments, weight: Tensor, *options) -> tup
 
 def _alike(values: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors of channels whose positions are alike."""
-    mean, var = (value.view(-1, *(1,) * (weight.dim() - 2)) for value in values)
+    mean, var = (along(value, weight.dim() - 1) for value in values)
     return mean, var
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normops.analytic.moments import RULES, Moments
 from normops.analytic.rules import functions
-from normops.analytic.rules.shapes import expect_channels, rule
+from normops.analytic.rules.shapes import along, expect_channels, rule
 
 
 def _normalized(x: Moments, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None = None) -> Moments:
@@ -28,7 +28,7 @@ def _of_channels(name: str, x: Moments, *vectors: Tensor | None) -> list[Any]:
     for value in vectors:
         if value is not None:
             expect_channels(name, x, value.numel())
-    return [value if value is None else value.double().view(-1, *(1,) * (len(x.sample) - 1)) for value in vectors]
+    return [value if value is None else along(value.double(), len(x.sample)) for value in vectors]
 
 
 @rule("batch_norm")

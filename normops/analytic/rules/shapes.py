@@ -21,6 +21,13 @@ def rule(*names: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def along(vector: Tensor, rank: int, dim: int = 0) -> Tensor:
+    """A vector as it lies along a dimension of tensors of this rank."""
+    shape = [1] * rank
+    shape[dim] = -1
+    return vector.view(shape)
+
+
 def expect_channels(name: str, x: Moments, channels: int, dim: int = 0) -> None:
     """Refuse samples that a layer does not fit."""
     if not x.sample or x.sample[dim] != channels:
