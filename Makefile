@@ -7,6 +7,7 @@ TORCH := torch==2.13.0
 CPU_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: demo style small-batches analytic ddp test test-gpu bench results lint
+.PHONY: test-gpu-build test-gpu-sanitizers
 
 demo: $(VENV)/ready
 	$(RUN) examples/digits.py $(ARGS)
@@ -48,12 +49,28 @@ $(VENV)/ready: setup.py pyproject.toml $(shell find csrc -type f)
 	$(PIP) --no-build-isolation -e ".[triton,test,demo,examples,analytic,dev]"
 	$(RUN) -m normops && touch $@
 
-# on a GPU, with the torch and triton that python3 has; nothing is installed or downloaded
-SANITIZED := (test_samples_do_not_meet or test_nothing_is_written_outside) and not reference
-test-gpu:
+# on a GPU, with the torch and triton that python3 has; nothing is installed or downloaded. All parts, or PART=properties, the one that tells most,
+# and so on: minutes each. Every processor runs its share of the tests; what fails is told at once, and again with its traceback in build/test-gpu
+PART ?= properties kernels torch large sanitizers
+JOBS ?= $(shell nproc)
+properties := gpu
+kernels := norms numerics row_norms batch_norm instance_norm statistics
+torch := gradients transforms compile opcheck module models analytic_ops analytic_training propagated_models
+large := large
+SHARES = mkdir -p build/test-gpu && seq $(JOBS) | NORMOPS_TEST_DEVICE=cuda xargs -P $(JOBS) -I @ sh -c 'NORMOPS_TEST_SHARE=@/$(JOBS) \
+	$(1) $(PYTHON) -m pytest -p no:cacheprovider $(2) $(ARGS) >build/test-gpu/@; code=$$?; tail -n 1 build/test-gpu/@; exit $$code'
+
+test-gpu: $(PART:%=test-gpu-%)
+
+test-gpu-build:
 	NORMOPS_BUILD=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m normops
-	NORMOPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(ARGS)
-	command -v compute-sanitizer >/dev/null || exit 0; for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMOPS_TEST_DEVICE=cuda compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m pytest tests/test_norms.py -k "$(SANITIZED)" || exit 1; done
+
+test-gpu-%: test-gpu-build
+	$(call SHARES,,$(patsubst %,tests/test_%.py,$($*)))
+
+test-gpu-large: override JOBS = 1
+
+test-gpu-sanitizers: test-gpu-build
+	export PYTORCH_NO_CUDA_MEMORY_CACHING=1; for tool in memcheck racecheck initcheck synccheck; do export tool; echo $$tool; \
+		$(call SHARES,compute-sanitizer --tool $$tool --error-exitcode 1,tests/test_gpu.py -k "test_every_op and not reference") || exit 1; done

@@ -100,13 +100,13 @@ def add_composed(norm: Call) -> Call:
     return call
 
 
-def _tracked(case: Case, spread: float, norm: Call) -> Call:
-    """`norm` of x, running mean and variance (or deviation), and the rest. The running statistics are those that x is drawn by."""
+def tracked(case: Case, spread: float, norm: Call) -> Call:
+    """`norm` of x, running mean and variance (or deviation), and the rest. The running statistics are those that x is drawn by, like the vectors."""
     running: list[Tensor] = []
 
     def call(x: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         if not running:
-            running.extend(x.detach().new_full(case.shape[1:2], value) for value in (case.mean, spread))
+            running.extend((x, *rest)[-1].detach().new_full(case.shape[1:2], value) for value in (case.mean, spread))
         return norm(x, *running, *rest, **options)
 
     return call
@@ -117,7 +117,7 @@ def _samples(case: Case) -> tuple[int, ...]:
 
 
 def batch(norm: Call, training: bool, case: Case) -> Call:
-    return _tracked(case, case.std**2, partial(norm, training=training, eps=case.eps))
+    return tracked(case, case.std**2, partial(norm, training=training, eps=case.eps))
 
 
 def batch_exact(case: Case, frozen: bool) -> Call:
@@ -148,7 +148,7 @@ def _update(running: Tensor, value: Tensor) -> None:
 
 def renorm_ours(case: Case) -> Call:
     norm = partial(normops.batch_renorm, training=True, momentum=0.0, eps=case.eps, r_max=R_MAX, d_max=D_MAX)
-    return _tracked(case, case.std, norm)
+    return tracked(case, case.std, norm)
 
 
 def renorm_eager(case: Case) -> Call:
@@ -159,7 +159,7 @@ def renorm_eager(case: Case) -> Call:
         _update(running_std, std)
         return _affine(_affine((x - _column(mean, x)) / _column(std, x), *corrections), *vectors)
 
-    return _tracked(case, case.std, norm)
+    return tracked(case, case.std, norm)
 
 
 def renorm_manual(case: Case) -> Call:
@@ -171,7 +171,7 @@ def renorm_manual(case: Case) -> Call:
             _update(running_std, std)
         return F.batch_norm(x, None, None, weight * r, torch.addcmul(bias, weight, d), training=True, eps=case.eps)
 
-    return _tracked(case, case.std, norm)
+    return tracked(case, case.std, norm)
 
 
 def renorm_exact(case: Case, frozen: bool) -> Call:
@@ -186,7 +186,7 @@ def blend_ours(case: Case) -> Call:
     def norm(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, rho: Tensor, **options: Any) -> Tensor:
         return normops.batch_instance_norm(x, running_mean, running_var, rho, weight, bias, training=True, eps=case.eps, **options)
 
-    return _tracked(case, case.std**2, norm)
+    return tracked(case, case.std**2, norm)
 
 
 def blend_eager(case: Case) -> Call:
@@ -194,7 +194,7 @@ def blend_eager(case: Case) -> Call:
         by_batch = F.batch_norm(x, running_mean, running_var, training=True, eps=case.eps)
         return _affine(_affine(by_batch, rho) + _affine(F.instance_norm(x, eps=case.eps), 1 - rho), weight, bias)
 
-    return _tracked(case, case.std**2, norm)
+    return tracked(case, case.std**2, norm)
 
 
 def blend_manual(case: Case) -> Call:
@@ -202,7 +202,7 @@ def blend_manual(case: Case) -> Call:
         by_batch = F.batch_norm(x, running_mean, running_var, weight * rho, bias, training=True, eps=case.eps)
         return by_batch + F.instance_norm(x, weight=weight * (1 - rho), eps=case.eps)
 
-    return _tracked(case, case.std**2, norm)
+    return tracked(case, case.std**2, norm)
 
 
 def blend_exact(case: Case, frozen: bool) -> Call:

@@ -102,7 +102,7 @@ def error(value: Tensor, exact: Tensor, size: float = 0.0) -> float:
         return float("inf")
     rows = max(1, CHUNK * exact.shape[0] // max(1, exact.numel()))
     worst = [(a.double() - b).abs().max() for a, b in zip(value.split(rows), exact.split(rows), strict=True)]
-    return (torch.stack(worst).max() / exact.abs().max().clamp_min(size or 1e-300)).item()
+    return (torch.stack(worst).max() / torch.linalg.vector_norm(exact, torch.inf).clamp_min(size or 1e-300)).item()
 
 
 def wrong(case: Case, call: Call, inputs: dict[str, Tensor], dy: Upstream, exact: Exact) -> dict[str, float]:

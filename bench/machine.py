@@ -74,6 +74,8 @@ def describe(device: str) -> dict[str, str]:
     if device == "cuda":
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["cuda"] = str(torch.version.cuda)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+        facts |= {package: _version(package) for package in ("liger-kernel", "quack-kernels")}
     else:
         facts["simd"] = torch.backends.cpu.get_cpu_capability()
     return facts

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from bench.norms import Call, eager, manual, ours
+from bench.rivals import rivals
 from bench.shapes import Case
 
 
-def methods(case: Case) -> dict[str, Call]:
+def methods(case: Case, device: str = "cpu") -> dict[str, Call]:
     """Name -> call, of all but ``compile``, which takes seconds."""
     found = {"ours": ours(case), "eager": eager(case), "manual": manual(case)}
-    return {name: call for name, call in found.items() if call is not None}
+    others = rivals(case) if device == "cuda" and "penalty" not in directions(case) else {}
+    return {name: call for name, call in found.items() if call is not None} | others
 
 
 def compiled(case: Case) -> Call:

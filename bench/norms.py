@@ -88,12 +88,12 @@ def ours(case: Case) -> Call:
 
 def eager(case: Case) -> Call | None:
     norm = NORMS[case.norm].eager(case)
-    return norm and _composed(case, norm)
+    return norm and composed(case, norm)
 
 
 def manual(case: Case) -> Call | None:
     norm = NORMS[case.norm].manual(case)
-    return norm and _composed(case, norm)
+    return norm and composed(case, norm)
 
 
 def following(case: Case) -> str:
@@ -102,18 +102,18 @@ def following(case: Case) -> str:
 
 
 def truth(case: Case, frozen: bool) -> Call:
-    return _composed(case, NORMS[case.norm].exact(case, frozen))
+    return composed(case, NORMS[case.norm].exact(case, frozen))
 
 
-def _composed(case: Case, norm: Call) -> Call:
+def composed(case: Case, norm: Call) -> Call:
     """`norm`, then the residual and the activation of the case."""
     act = ACTIVATIONS.get(following(case))
 
-    def composed(*tensors: Tensor) -> Tensor:
+    def call(*tensors: Tensor) -> Tensor:
         t = norm(*tensors[:-1]) + tensors[-1] if case.residual else norm(*tensors)
         return t if act is None else act(t)
 
-    return composed if act or case.residual else norm
+    return call if act or case.residual else norm
 
 
 def minimum_bytes(case: Case, direction: str) -> int:

@@ -5,17 +5,21 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from bench import gate
 from bench.methods import DIRECTIONS, HOST, compiled, directions, methods
+from bench.norms import Call, minimum_bytes
 from bench.norms import inputs as inputs_of
-from bench.norms import minimum_bytes
-from bench.shapes import COMPILED, Case
-from bench.timing import Times, interleave, timers
+from bench.rivals import inputs_of as rival_inputs
+from bench.shapes import Case
+from bench.shapes import compiled as compiled_names
+from bench.timing import Times, Wall, interleave, timers
 
 # the fields are in microseconds (us), bytes, 1e9 bytes per second (gb_s) and ratios of times (x_clone: to x.clone(); vs_eager: eager's to this one's)
 FIELDS = (
@@ -34,7 +38,10 @@ class Plan:
     device: str
     threads: tuple[int, ...]
     budget: float
-    compile: str  # for which cases torch.compile is measured: none, some (shapes.COMPILED) or all
+    compile: str  # for which cases torch.compile is measured: none, some (shapes.compiled) or all
+
+    def compiles(self, case: Case) -> bool:
+        return self.compile == "all" or (self.compile == "some" and case.name in compiled_names(self.device))
 
 
 def measure(case: Case, plan: Plan) -> list[Row]:
@@ -50,6 +57,24 @@ def measure(case: Case, plan: Plan) -> list[Row]:
         torch.cuda.empty_cache()
 
 
+def warm(case: Case, plan: Plan) -> None:
+    """Call what is compiled once in either direction, so that it lies on disk when a later process measures it."""
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()  # this process is one of several on the device
+    inputs = {name: value.requires_grad_() for name, value in inputs_of(case, plan.device).items()}
+    calls = methods(case, plan.device) | ({"compile": compiled(case)} if plan.compiles(case) else {})
+    for name in calls.keys() - {"eager", "manual"}:
+        _attempt(_once, calls[name], list(rival_inputs(case, name, inputs).values()))
+
+
+def _once(call: Call, leaves: list[Tensor]) -> None:
+    with torch.no_grad():
+        call(*leaves)
+    found = call(*leaves)
+    found = (found,) if isinstance(found, Tensor) else found
+    torch.autograd.grad(found, leaves, [torch.ones_like(value) for value in found])
+
+
 def _measure(case: Case, plan: Plan) -> list[Row]:
     inputs = {name: value.requires_grad_() for name, value in inputs_of(case, plan.device).items()}
     x = inputs["x"].detach()
@@ -58,36 +83,41 @@ def _measure(case: Case, plan: Plan) -> list[Row]:
     ready = []
     for threads in plan.threads or (None,):
         _use(threads)
-        calls = methods(case)
+        calls = methods(case, plan.device)
         most = threads == max(plan.threads, default=None)
         if not most:
             calls.pop("manual", None)  # slow, and of interest with all cores only
-        chosen = plan.compile == "all" or (plan.compile == "some" and case.name in COMPILED)
-        if chosen and most:
+        if most and plan.compiles(case):
             calls["compile"] = compiled(case)
-        ready.append((threads, calls, {name: _status(name, case, call, inputs, dy, exact) for name, call in calls.items()}))
+        given = {name: rival_inputs(case, name, inputs) for name in calls}
+        ready.append((threads, calls, given, {name: _status(name, case, call, given[name], dy, exact) for name, call in calls.items()}))
     del exact  # several times the size of x
     target = torch.empty_like(x)
-    context = {"clone": lambda: x.clone(), "copy_": lambda: target.copy_(x)}
-    clocks = timers("cpu" if case is HOST else plan.device)
+    context = {"clone": lambda: x.clone, "copy_": lambda: partial(target.copy_, x)}
     rows = []
-    for threads, calls, status in ready:
+    for threads, calls, given, status in ready:
         _use(threads)
         for direction in directions(case):
             grad, make = DIRECTIONS[direction]
             with nullcontext() if grad else torch.no_grad():
-                for timer in clocks:
-                    runs = {name: make(call, list(inputs.values()), dy) for name, call in calls.items() if status[name].startswith(TIMED)} | context
-                    prepared = {name: _attempt(timer.sampler, run) for name, run in runs.items()}
-                    times = interleave({name: sampler for name, sampler in prepared.items() if not isinstance(sampler, str)}, plan.budget)
+                for timer in timers("cpu" if case is HOST else plan.device):
+                    right = {name: call for name, call in calls.items() if status[name].startswith(TIMED)}
+                    runs = context | {name: partial(make, call, list(given[name].values()), dy) for name, call in right.items()}
+                    times = timed(runs, timer, plan.budget)
                     for name in (*calls, *context):
-                        prevented = prepared.get(name)
-                        state = prevented if isinstance(prevented, str) else status.get(name, "ok")
-                        row = _row(case, threads or "", timer.name, direction, name, state)
-                        if name in times:
+                        found = times.get(name)
+                        row = _row(case, threads or "", timer.name, direction, name, found if isinstance(found, str) else status.get(name, "ok"))
+                        if isinstance(found, Times):
                             row |= _numbers(case, direction, times, name)
                         rows.append(row)
     return rows
+
+
+def timed(runs: dict[str, Callable[[], Callable[[], object]]], timer: Wall, budget: float) -> dict[str, Times | str]:
+    """Times of what each of `runs` makes, or what went wrong. What they hold, gigabytes on a GPU, lives as long as this."""
+    prepared = {name: _attempt(lambda make: timer.sampler(make()), make) for name, make in runs.items()}
+    wrong = {name: failure for name, failure in prepared.items() if isinstance(failure, str)}
+    return wrong | interleave({name: sampler for name, sampler in prepared.items() if not isinstance(sampler, str)}, budget)
 
 
 def _use(threads: int | None) -> None:
@@ -103,8 +133,6 @@ def _attempt(function: Callable[..., T], *arguments) -> T | str:
     """The function's result, or what went wrong: a method that cannot run is a result like any other."""
     try:
         return function(*arguments)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as failure:
         traceback.print_exc(limit=-2)
         return f"error: {type(failure).__name__}"
@@ -118,7 +146,7 @@ def _row(case: Case, threads: object, timer: str, direction: str, method: str, s
     }  # fmt: skip
 
 
-def _numbers(case: Case, direction: str, times: dict[str, Times], name: str) -> Row:
+def _numbers(case: Case, direction: str, times: dict, name: str) -> Row:
     """A copy moves twice the bytes of x: read and write."""
     mine, clone = times[name], times["clone"]
     moved = 2 * case.nbytes if name in ("clone", "copy_") else minimum_bytes(case, direction)
@@ -131,7 +159,7 @@ def _numbers(case: Case, direction: str, times: dict[str, Times], name: str) -> 
         "of_copy": moved / mine.median / (2 * case.nbytes / clone.median),
         "x_clone": mine.median / clone.median,
     }
-    if "eager" in times:
+    if isinstance(times.get("eager"), Times):
         numbers["vs_eager"] = times["eager"].median / mine.median
     return {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in numbers.items()}
 
@@ -146,6 +174,15 @@ def write(path: Path, facts: dict[str, str], batches: Iterable[list[Row]], field
         for rows in batches:
             table.writerows(rows)
             file.flush()
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What tells the cases of a file apart."""
+    return tuple(str(row[field]) for field in ("name", "shape", "dtype", "layout"))
+
+
+def case_key(case: Case) -> tuple[str, ...]:
+    return key(_row(case, "", "", "", "", ""))
 
 
 def read(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -78,6 +78,15 @@ COMPILED = (  # torch.compile takes seconds a case, so it gets these only
     "channels/1x512/relu",
 )
 
+COMPILED_ON_GPU = (  # these too: the largest, where a GPU has goals
+    "hunyuan_vae/1x128x20x256x256/silu",
+    "kb1_33/64x64x512x512/none",
+    "kb1_34/112x64x512x512/none",
+    "kb1_35/112x64x512x512/none",
+    "kb1_36/112x64x512x512/none",
+    "kb1_40/16x4194304/none",
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -155,6 +164,11 @@ def names(norm: str, chosen: Iterable[str]) -> list[str]:
     """Those of the names `chosen` that are calls of `norm`."""
     known = {case.name for case in load(norm)}
     return [name for name in chosen if name in known]
+
+
+def compiled(device: str) -> tuple[str, ...]:
+    """The names of the cases for torch.compile."""
+    return COMPILED if device == "cpu" else COMPILED + COMPILED_ON_GPU
 
 
 def rule(norm: str, device: str, quick: bool) -> str:

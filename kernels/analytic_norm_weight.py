@@ -20,9 +20,9 @@ import triton.language as tl
 
 from .algebra import load, load_affine, narrow, whole
 from .config import choose_weight, device_of, divide, power_above
+from .exchange import APPLY, PARTS, WHOLE
 from .fold import fold
 from .launch import INTERPRET, launch
-from .rows import APPLY, PARTS, WHOLE
 
 
 @triton.jit

@@ -2,10 +2,10 @@
 
 from . import group_norm
 from .batch import _batch_norm_bwd_kernel, _batch_norm_fwd_kernel
-from .config import choose_batch, device_of, divide
+from .config import choose_batch, device_of, divide, power_above
+from .exchange import APPLY, MEET, PARTS, WHOLE
 from .fold import fold, shorten
-from .launch import INTERPRET, launch
-from .rows import APPLY, PARTS, WHOLE
+from .launch import INTERPRET, counters, launch
 
 
 def batch_norm_fwd(
@@ -46,24 +46,27 @@ def forward(
 ):  # fmt: skip
     N, S = _samples(config, x, N, C, channels_last)
     running = (running_mean, running_var)
+    partials = None
     if config.regime == "split":
-        partials = group_norm.find_moments(config, x, N, C, channels_last)
-        group_norm.fold_moments(partials, stats, 1, S, config.OUTER * config.BLOCK_S, eps, *running, momentum)
-        if y is not None:
-            group_norm.forward(config, y, stats, x, weight, bias, residual, N, C, C, channels_last, True, eps, activation, negative_slope)
-        return
+        partials, chunk, count = group_norm.empty_moments(config, x, N, C), config.chunk, S
+    elif config.regime != "held":
+        partials, chunk, count = stats.new_empty((3, 1, divide(N, config.ROWS), C)), config.ROWS * S, N * S
 
-    def read(step, *outputs):
+    def read(step, y, stats, partials, running=(None, None)):
+        if config.regime == "split":
+            vectors = (None, None, None) if y is None else (weight, bias, residual)
+            options = (N, C, C, channels_last, eps, activation, negative_slope)
+            return group_norm.read(config, step, group_norm.parts(config, N, C, False)[0], False, y, stats, partials, x, *vectors, *options)
         scalars = (eps, momentum, negative_slope, activation)
-        _launch(_batch_norm_fwd_kernel, config, N, C, S, channels_last, (x, weight, bias, residual, *outputs), scalars, step)
+        tensors = (x, weight, bias, residual, y, stats, *running, partials)
+        _launch(_batch_norm_fwd_kernel, config, step, N, C, S, channels_last, tensors, scalars)
 
-    if config.regime == "held":
-        return read(WHOLE, y, stats, *running, None)
-    partials = stats.new_empty((3, 1, divide(N, config.ROWS), C))
-    read(PARTS, None, None, None, None, partials)
-    group_norm.fold_moments(partials, stats, 1, N * S, config.ROWS * S, eps, *running, momentum)
+    if config.regime == "held" or config.regime == "meet" and y is not None:
+        return read(WHOLE if config.regime == "held" else MEET, y, stats, partials, running)
+    read(PARTS, None, None, partials)
+    group_norm.fold_moments(partials, stats, 1, count, chunk, eps, *running, momentum)
     if y is not None:
-        read(APPLY, y, stats, None, None, None)
+        read(APPLY, y, stats, partials)
 
 
 def backward(
@@ -71,30 +74,44 @@ def backward(
 ):  # fmt: skip
     N, S = _samples(config, x, N, C, channels_last)
     tensors = (dy, x, stats, weight, bias, residual)
+    inputs = dx is not None or dresidual is not None
+    partials = means = None
+    if config.regime == "split":
+        partials = group_norm.empty_sums(config, stats, x, N, C)
+    elif config.regime != "held":
+        partials = stats.new_empty((2, divide(N, config.ROWS), C))
+    if partials is not None:
+        means = stats.new_empty((2, 1, C))
 
-    def read(step, *outputs):
-        _launch(_batch_norm_bwd_kernel, config, N, C, S, channels_last, (*tensors, *outputs), (negative_slope, activation), step)
-
-    def sweep(with_sums, dx, dresidual, means):
+    def sweep(step, means, dx, dweight, dbias, dresidual):
         if config.regime == "split":
-            return group_norm.sweep(config, with_sums, dx, dresidual, means, *tensors, N, C, C, channels_last, activation, negative_slope)
-        sums = stats.new_empty((2, divide(N, config.ROWS), C)) if with_sums else None
-        read(PARTS if with_sums else APPLY, means, dx, None, None, dresidual, sums)
-        return sums
+            options = (N, C, C, channels_last, activation, negative_slope)
+            part = group_norm.parts(config, N, C, False)[0]
+            return group_norm.sweep(config, step, part, False, partials, dx, dresidual, means, *tensors, *options)
+        outputs = (means, dx, dweight, dbias, dresidual, partials)
+        _launch(_batch_norm_bwd_kernel, config, step, N, C, S, channels_last, (*tensors, *outputs), (negative_slope, activation))
 
-    if config.regime == "held":
-        return read(WHOLE, None, dx, dweight, dbias, dresidual, None)
-    partials, means = sweep(True, None, None, None), stats.new_empty((2, 1, C))
+    if config.regime == "held" or config.regime == "meet" and inputs:
+        return sweep(WHOLE if config.regime == "held" else MEET, means, dx, dweight, dbias, dresidual)
+    sweep(PARTS, None, None, None, None, None)
     group_norm.fold_sums(shorten(partials, 1), weight, dweight, dbias, means, C, N * S)
-    if dx is not None or dresidual is not None:
-        sweep(False, dx, dresidual, means)
+    if inputs:
+        sweep(APPLY, means, dx, None, None, dresidual)
 
 
-def _launch(kernel, config, N, C, S, channels_last, tensors, scalars, step):
+def _launch(kernel, config, step, N, C, S, channels_last, tensors, scalars):
     sizes = (N, C // config.V, S) if channels_last else (N, C, S // config.V)
+    T, blocks, meeting = divide(N, config.ROWS), divide(C, config.BLOCK_C), None
+    programs = tiles = blocks * T
+    if step is MEET:
+        teams = min(device_of(tensors[0].get_device()).resident // T, blocks)
+        programs, meeting = teams * T, counters(tensors[0], teams)
+    FOLD = step is MEET and T * config.BLOCK_C <= 1024
+    BLOCK_P = min(1024, power_above(T)) if step is MEET else 1
     launch(
-        kernel, divide(C, config.BLOCK_C) * divide(N, config.ROWS), config.num_warps, *tensors, *sizes, *scalars,
-        channels_last, config.V, config.LARGE, config.ROWS, N % config.ROWS == 0, config.BLOCK_C, config.BLOCK_S, step.value,
+        kernel, programs, config.num_warps, *tensors, meeting, tiles, *sizes, *scalars,
+        channels_last, config.V, config.LARGE, config.ROWS, N % config.ROWS == 0, config.BLOCK_C, config.BLOCK_S, FOLD, BLOCK_P, step.value,
+        cooperative=step is MEET,
     )  # fmt: skip
 
 

@@ -2,13 +2,17 @@
 
 Sizes as in the kernels: N samples, C = G D channels, S positions. A group is D S elements, backward holds it twice (x and dy).
     held   a program holds whole groups: 2 memory passes forward, 3 backward
-    split  tiles of all groups, statistics through memory: the second reading comes from cache where everything fits it
+    split  tiles of all groups, statistics through memory. The second reading comes from cache: where not everything fits it, one set of samples
+           or channels that share no statistics with others is worked on after the other
     samples (batch norm) split with tiles of several samples
     long   (rows forward) a program loops over its rows twice: the second reading comes from cache as long as the rows at work fit it
+    meet   split or samples in one launch: programs keep their tile while they meet, and read once (device.cooperative)
 Nothing here was measured yet: the reasons are occupancy and register counts of compiled kernels.
 """
 
 import functools
+import math
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +24,19 @@ class Device:
 
     processors: int = 132
     cache: int = 60 << 20
+    cooperative: bool = False  # whether programs may wait for each other
 
     @property
     def cache_budget(self):
         return self.cache * 65 // 100  # above two thirds of L2 a second reading begins to miss
+
+    @property
+    def wave(self):
+        return self.cache_budget * 3 // 4  # what is read twice: some of the budget is for what is written meanwhile
+
+    @property
+    def resident(self):
+        return 2 * self.processors  # programs of 8 warps with 128 registers a thread, as those that meet are compiled
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,15 @@ class Config:
     BLOCK_S: int
     num_warps: int
     SLOTS: int = 0  # held backward: samples whose sums are kept apart, the others are added to them
-    FOLD: bool = False  # split forward: apply merges the partials itself
-    LARGE: bool = False  # split: not everything fits the cache
+    FOLD: bool = False  # apply merges the partials itself
+    LARGE: bool = False  # not everything fits the cache
+    SET_N: int = 0  # samples and blocks of BLOCK_C channels that are worked on at a time (0: all): a wave, or those of a team that meets
+    SET_C: int = 0
+    STEPS: int = 1  # split: tiles that a program goes through
+
+    @property
+    def chunk(self):
+        return self.STEPS * self.OUTER * self.BLOCK_S  # positions
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ def device_of(index):
     if index < 0:
         return Device()
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, properties.L2_cache_size)
+    return Device(properties.multi_processor_count, properties.L2_cache_size, os.environ.get("NORMOPS_COOPERATIVE") == "1")
 
 
 def power_above(x):
@@ -85,10 +105,7 @@ def vector(length, itemsize):
 
 @functools.lru_cache(maxsize=4096)
 def choose(N, C, S, G, itemsize, channels_last, backward, device=Device(), frozen=False):
-    """The Config for one group norm; `frozen`: its statistics are given.
-
-    Cooperative regimes (a group over several programs that meet at a barrier) will be chosen here.
-    """
+    """The Config for one group norm; `frozen`: its statistics are given."""
     D = C // G
     V, SIDE = (vector(D, itemsize), False) if channels_last else _contiguous(S, itemsize)
     held = None if frozen else _held(N, S, G, D, itemsize, channels_last, backward, device, V, SIDE)
@@ -98,7 +115,8 @@ def choose(N, C, S, G, itemsize, channels_last, backward, device=Device(), froze
         return held
     if channels_last:
         V = vector(C, itemsize)
-    return _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE)
+    sizes = (N, C, S, D, itemsize, channels_last, backward, device, V, SIDE)
+    return (None if frozen else _meet(*sizes)) or _split(*sizes)
 
 
 def _contiguous(S, itemsize):
@@ -137,27 +155,95 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     elements = min(4096 if backward or channels_last else 8192, (32 << 10) // itemsize)
     while elements > 2048 and N * C * S < elements * 2 * device.processors:
         elements //= 2
+    per_thread = 16 if itemsize == 8 or (SIDE and backward) else 32
+    size = itemsize * (2 if backward else 1)
+    STEPS = _steps(N, C, S, size, channels_last, backward, device) if itemsize < 8 and not SIDE else 1
+    if STEPS > 1:
+        elements, per_thread = 2048 if backward else 4096, 16
+    BLOCK_C, BLOCK_S, V = _tile(C, S, D, itemsize, channels_last, backward, elements, V)
+    if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
+        raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
+    STEPS = min(STEPS, power_below(divide(S, BLOCK_S)))
+    num_warps = max(1, BLOCK_C * BLOCK_S // (32 * (16 if BLOCK_S < 8 else per_thread)))
+    # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
+    FOLD = D % BLOCK_C == 0 and divide(S, STEPS * BLOCK_S) * D <= 128
+    LARGE = N * C * S * size > device.wave
+    wave = _wave(N, C, S, D, size, BLOCK_C, device) if LARGE and FOLD and (itemsize >= 4 or not backward) else (0, 0)
+    OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
+    return Config("split", V, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, num_warps, 0, FOLD, LARGE, *wave, STEPS)
+
+
+def _steps(N, C, S, size, channels_last, backward, device):
+    """Tiles of 16 elements a thread that a program goes through, so that it brings sums together once: as many as leave 3 programs a processor.
+    Backward there is enough to do for each element beside; but channels last, a tile's few positions would leave many partials."""
+    at_once = min(N * C * S, device.wave // size) // (3 * device.processors)
+    STEPS = min(16, power_below(max(1, at_once // (2048 if backward else 4096))))
+    return STEPS if not backward or (channels_last and STEPS >= 4) else 1
+
+
+def _wave(N, C, S, D, size, BLOCK_C, device):
+    """SET_N, SET_C: as many samples, or groups of samples that are too long, as are read twice from cache. 0 where that is so little that reading it
+    again takes no longer than one launch more. (Backward in 16 bits computes for as long as it reads: see `_split`.)"""
+    sample, unit = C * S * size, _unit(C, D, BLOCK_C)
+    block = BLOCK_C * S * size
+    if sample <= device.wave:
+        SET_N, SET_C, part = _even(N, device.wave // sample), 0, sample
+    elif unit * block <= device.wave:
+        SET_N, SET_C, part = 1, _even(divide(C, unit * BLOCK_C), device.wave // (unit * block)) * unit, block
+    else:
+        return 0, 0
+    return (SET_N, SET_C) if 4 * (SET_C or SET_N) * part >= 3 * device.wave else (0, 0)
+
+
+def _unit(C, D, BLOCK_C):
+    """The fewest blocks of BLOCK_C channels that are whole groups."""
+    if BLOCK_C % D == 0:
+        return 1
+    channels = math.lcm(D, BLOCK_C)
+    return divide(channels if C % channels == 0 else C, BLOCK_C)
+
+
+def _even(total, most):
+    return divide(total, divide(total, most))  # the size of as few parts of at most `most` as `total` has, all about equal
+
+
+def _tile(C, S, D, itemsize, channels_last, backward, elements, V):
+    """BLOCK_C, BLOCK_S, V of a tile of so many elements."""
     if channels_last:
         # Stores want 128 contiguous bytes, and sums prefer that a warp lies along the channels (512 bytes): up to a quarter of idle lanes
         # costs less than the shuffles of narrow tiles (320 channels: 3 x 128 is 22 instructions an element, 5 x 64 is 28).
         BLOCK_C = _best(C, 64 // itemsize, 512 // itemsize, 1.25)
         BLOCK_S = min(elements // BLOCK_C, power_above(S))
         BLOCK_C = min(elements // BLOCK_S, power_above(C))
-        V = min(V, max(1, BLOCK_C // 8))  # 8 threads along few channels: more would be left along the positions, to be shuffled together
-    else:
-        BLOCK_S = _best(S, 64, elements, 1.1)
-        BLOCK_C = min(elements // BLOCK_S, power_above(C))
-        if not backward and power_dividing(D) < BLOCK_C and power_dividing(D) * BLOCK_S >= 2048:
-            BLOCK_C = power_dividing(D)
-    # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
-    FOLD = not backward and D % BLOCK_C == 0 and divide(S, BLOCK_S) * D <= 128
-    LARGE = N * C * S * itemsize * (2 if backward else 1) > device.cache_budget // 2
-    per_thread = 16 if itemsize == 8 or BLOCK_S < 8 or (SIDE and backward) else 32
-    num_warps = max(1, BLOCK_C * BLOCK_S // (32 * per_thread))
-    if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
-        raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
-    OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
-    return Config("split", V, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, num_warps, FOLD=FOLD, LARGE=LARGE)
+        # 8 threads along few channels: more would be left along the positions, to be shuffled together.
+        return BLOCK_C, BLOCK_S, min(V, max(1, BLOCK_C // 8))
+    BLOCK_S = _best(S, 64, elements, 1.1)
+    BLOCK_C = min(elements // BLOCK_S, power_above(C))
+    if not backward and power_dividing(D) < BLOCK_C and power_dividing(D) * BLOCK_S >= 2048:
+        BLOCK_C = power_dividing(D)
+    return BLOCK_C, BLOCK_S, V
+
+
+def _meet(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
+    """Tiles that their programs keep, together with the addresses, without spilling, where those of a set are all there at once."""
+    if not device.cooperative or SIDE or V * itemsize < 16:
+        return None
+    most = (8192 if channels_last or backward else 16384) // (2 if itemsize == 8 else 1)
+    for elements in (most, most // 2):
+        BLOCK_C, BLOCK_S, width = _tile(C, S, D, itemsize, channels_last, backward, elements, V)
+        T, unit = divide(S, BLOCK_S), _unit(C, D, BLOCK_C)
+        sets = N * divide(C, unit * BLOCK_C)
+        if BLOCK_C * BLOCK_S == elements and T * D <= 4096 and _fills(unit * T, sets, device):
+            OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, width, 8, channels_last)
+            FOLD = D % BLOCK_C == 0 and T * D <= 1024
+            return Config("meet", width, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, 8, 0, FOLD, True, 1, unit)
+    return None
+
+
+def _fills(team, sets, device):
+    """Whether programs that wait for each other in teams are all there at once, and few processors idle."""
+    teams = min(device.resident // team, sets)
+    return team > 1 and teams > 0 and 4 * teams * team >= 3 * min(device.resident, sets * team)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -233,10 +319,7 @@ def _across(D, G, L, planes, itemsize, V, backward, parameters, device):
 
 @functools.lru_cache(maxsize=4096)
 def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
-    """The Config for one batch norm; ROWS are samples, or channels last positions, except of "split", which has the tiles of a group norm.
-
-    Cooperative regimes (channels over several programs that meet at a barrier) will be chosen here.
-    """
+    """The Config for one batch norm; ROWS are samples, or channels last positions, except of "split", which has the tiles of a group norm."""
     samples, positions = (N * S, 1) if channels_last else (N, S)
     V = vector(C if channels_last else S, itemsize)
     BLOCK_S, ROWS = power_above(positions), power_above(samples)
@@ -246,11 +329,19 @@ def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
     size = itemsize * (2 if backward else 1)
     most = min((64 << 10) // size, 16384 if V * itemsize < 8 else 32768)
     held = ROWS * least * BLOCK_S <= most
+    spans = C * positions * ROWS >= 1 << 31  # offsets in a tile are int32
+    if not held and not spans and device.cooperative and V * itemsize >= 8:
+        for elements in (8192, 4096):
+            ROWS = min(elements // (enough * BLOCK_S * (2 if itemsize == 8 else 1)), power_above(samples))
+            if ROWS and _fills(divide(samples, ROWS), divide(C, enough), device):
+                return Config("meet", min(V, max(1, enough // 8)) if channels_last else V, False, ROWS, 1, enough, BLOCK_S, 8, LARGE=True)
+        ROWS = power_above(samples)
     # Up to 256 positions, tiles of one sample would be half empty, and leave many partials.
-    if C * positions * ROWS >= 1 << 31 or not held and (channels_last or S > 256):
+    if spans or not held and (channels_last or S > 256):
         if channels_last:
             return _split(1, C, N * S, 1, itemsize, True, backward, device, V, False)
-        return _split(N, C, S, 1, itemsize, False, backward, device, *_contiguous(S, itemsize))
+        config = _split(N, C, S, 1, itemsize, False, backward, device, *_contiguous(S, itemsize))
+        return replace(config, FOLD=False, SET_N=0, SET_C=0)  # of one sample a program has not all partials
     if held:
         BLOCK_C = min(enough, most // (ROWS * BLOCK_S))
         while ROWS * BLOCK_C * BLOCK_S < 4096 and C >= 8 * BLOCK_C * device.processors:
@@ -259,10 +350,10 @@ def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
         BLOCK_C, elements = enough, min(4096 if backward else 8192, (32 << 10) // itemsize)
         ROWS = elements // (BLOCK_C * BLOCK_S)
     if channels_last:
-        V = min(V, max(1, BLOCK_C // 8))  # as in `_split`
+        V = min(V, max(1, BLOCK_C // 8))  # as in `_tile`
     few = divide(C, BLOCK_C) * divide(samples, ROWS) < 2 * device.processors
     num_warps = min(16, max(1, ROWS * BLOCK_C * BLOCK_S // (32 * (16 if few or itemsize == 8 else 32))))
-    LARGE = not held and N * C * S * size > device.cache_budget // 2
+    LARGE = not held and N * C * S * size > device.wave
     return Config("held" if held else "samples", V, False, ROWS, 1, BLOCK_C, BLOCK_S, num_warps, LARGE=LARGE)
 
 

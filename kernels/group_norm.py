@@ -1,20 +1,16 @@
 """Group norm on CUDA: choose a configuration, allocate the workspaces, launch."""
 
+import functools
 import math
 
 import torch
 
 from .config import choose, device_of, divide, power_above
+from .exchange import APPLY, MEET, PARTS, WHOLE
 from .fold import fold, shorten
 from .held import _group_norm_bwd_held_kernel, _group_norm_fwd_held_kernel
-from .launch import INTERPRET, launch
-from .split import (
-    _apply_kernel,
-    _backward_kernel,
-    _fold_moments_kernel,
-    _fold_sums_kernel,
-    _moments_kernel,
-)
+from .launch import INTERPRET, counters, launch
+from .split import _fold_moments_kernel, _fold_sums_kernel, _split_bwd_kernel, _split_fwd_kernel
 
 
 def group_norm_fwd(y, stats, x, weight, bias, residual, N, C, num_groups, channels_last, frozen, eps, activation, negative_slope):
@@ -48,31 +44,45 @@ def forward(config, y, stats, x, weight, bias, residual, N, C, num_groups, chann
             activation, channels_last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
         )  # fmt: skip
         return
-    tiling, T, programs = _tiling(config, N, C, S, channels_last)
-    merge = config.FOLD and y is not None and not frozen
-    partials = None
+    partials = merge = None
     if not frozen:
-        partials = find_moments(config, x, N, C, channels_last)
-        if not merge:
-            if stats is None:
-                stats = partials.new_empty((3, N, num_groups))
-            fold_moments(partials, stats, D, S, config.OUTER * config.BLOCK_S, eps)
-    if y is not None:
-        launch(
-            _apply_kernel, programs, config.num_warps, x, partials, weight, bias, residual, y, stats,
-            w_rows, b_rows, N if stats is None else stats.shape[1], N, c_arg, D, s_arg, T, eps, negative_slope,
-            activation, *tiling, merge, power_above(T * D) if merge else 1,
-        )  # fmt: skip
+        partials, merge = empty_moments(config, x, N, C), config.FOLD and y is not None
+        if stats is None and not merge:
+            stats = partials.new_empty((3, N, num_groups))
+    arguments = (y, stats, partials, x, weight, bias, residual, N, C, num_groups, channels_last, eps, activation, negative_slope)
+    if config.regime == "meet" and y is not None and not frozen:
+        return read(config, MEET, None, merge, *arguments)
+    for part in parts(config, N, C, merge):
+        if not frozen:
+            read(config, PARTS, part, False, None, None, partials, x, None, None, None, *arguments[7:])
+            if not merge:
+                fold_moments(partials, stats, D, S, config.chunk, eps)
+        if y is not None:
+            read(config, APPLY, part, merge, *arguments)
 
 
-def find_moments(config, x, N, C, channels_last):
-    """Partials (3, N, T, C) of the T chunks of each sample."""
-    S, _, c_arg, _, s_arg = _arguments(config, x, N, C, C, channels_last)
-    tiling, T, programs = _tiling(config, N, C, S, channels_last)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partials = torch.empty((3, N, T, C), dtype=accumulate, device=x.device)
-    launch(_moments_kernel, programs, config.num_warps, x, partials, N, c_arg, s_arg, T, *tiling)
-    return partials
+def read(config, step, part, merge, y, stats, partials, x, weight, bias, residual, N, C, G, channels_last, eps, activation, negative_slope):
+    """One reading of x, or of a part of it: moments of its chunks, y, or, where programs meet, both."""
+    programs, meeting, sizes, tiling = _tiles(config, step, part, merge, x, N, C, G, channels_last)
+    launch(
+        _split_fwd_kernel, programs, config.num_warps, x, weight, bias, residual, y, stats, partials, meeting,
+        _rows(weight, C), _rows(bias, C), N if stats is None else stats.shape[1], *sizes, eps, negative_slope, activation, *tiling,
+        cooperative=step is MEET,
+    )  # fmt: skip
+
+
+def empty_moments(config, x, N, C):
+    """For partials (3, N, T, C) of the T chunks of each sample."""
+    T = divide(x.numel() // (N * C), config.chunk)
+    return torch.empty((3, N, T, C), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def parts(config, N, C, waves):
+    """What is worked on at a time, (first sample, first block of channels, samples, blocks): all, or a wave after the other."""
+    blocks = divide(C, config.BLOCK_C)
+    SET_N, SET_C = (waves and config.SET_N) or N, (waves and config.SET_C) or blocks
+    return [(n, block, min(SET_N, N - n), min(SET_C, blocks - block)) for n in range(0, N, SET_N) for block in range(0, blocks, SET_C)]
 
 
 def fold_moments(partials, stats, D, S, chunk, eps, running_mean=None, running_var=None, momentum=0.0):
@@ -122,30 +132,51 @@ def backward(
             activation, channels_last, config.V, config.SIDE, config.ROWS, config.OUTER, config.BLOCK_C, config.BLOCK_S,
         )  # fmt: skip
     elif frozen:
-        sums = sweep(config, parameters, dx, dresidual, means, *tensors, *sizes)
+        sums = empty_sums(config, stats, x, N, C) if parameters else None
+        sweep(config, WHOLE, parts(config, N, C, False)[0], False, sums, dx, dresidual, means, *tensors, *sizes)
     else:
-        partials = shorten(sweep(config, True, None, None, None, *tensors, *sizes), N)
-        sums, means = stats.new_empty((2, N, C)), stats.new_empty((2, N, num_groups))
-        fold_sums(partials, weight, *sums, means, C, x.numel() // (N * num_groups))
-        if dx is not None or dresidual is not None:
-            sweep(config, False, dx, dresidual, means, *tensors, *sizes)
+        sums = backward_split(config, dx, dresidual, *tensors, *sizes)
     if parameters:
         fold(sums, dweight, dbias)
 
 
-def sweep(
-    config, with_sums, dx, dresidual, means, dy, x, stats, weight, bias, residual, N, C, num_groups, channels_last, activation, negative_slope,
-):  # fmt: skip
-    """One reading of x and dy: dx, dresidual, each unless None, with given statistics, and (2, N T, C) sums of the T chunks of each sample."""
-    S, D, c_arg, d_arg, s_arg = _arguments(config, x, N, C, num_groups, channels_last)
-    tiling, T, programs = _tiling(config, N, C, S, channels_last)
-    sums = stats.new_empty((2, N * T, C)) if with_sums else None
-    launch(
-        _backward_kernel, programs, config.num_warps, dy, x, stats, means, weight, bias, residual, sums, dx, dresidual,
-        _rows(weight, C), _rows(bias, C), stats.shape[1], N, c_arg, D, s_arg, T, negative_slope,
-        activation, *tiling, dx is not None or dresidual is not None,
-    )  # fmt: skip
+def backward_split(config, dx, dresidual, dy, x, stats, weight, bias, residual, N, C, G, channels_last, activation, negative_slope):
+    """dx and dresidual, each unless None, and sums for `fold`."""
+    arguments = (dy, x, stats, weight, bias, residual, N, C, G, channels_last, activation, negative_slope)
+    inputs, means = dx is not None or dresidual is not None, None
+    sums = partials = empty_sums(config, stats, x, N, C)
+    if inputs and not config.FOLD:
+        means = stats.new_empty((2, N, G))
+    if inputs and config.regime == "meet":
+        sweep(config, MEET, None, config.FOLD, partials, dx, dresidual, means, *arguments)
+        return partials
+    if means is not None:
+        sums = stats.new_empty((2, N, C))
+    for part in parts(config, N, C, config.FOLD and inputs):
+        sweep(config, PARTS, part, False, partials, None, None, None, *arguments)
+        if means is not None:
+            fold_sums(shorten(partials, N), weight, *sums, means, C, x.numel() // (N * G))
+        if inputs:
+            sweep(config, APPLY, part, config.FOLD, partials, dx, dresidual, means, *arguments)
     return sums
+
+
+def sweep(
+    config, step, part, merge, partials, dx, dresidual, means, dy, x, stats, weight, bias, residual, N, C, G, channels_last, activation,
+    negative_slope,
+):  # fmt: skip
+    """One reading of x and dy, or of a part of them: sums of the chunks, dx, dresidual, each unless None, with given statistics."""
+    programs, meeting, sizes, tiling = _tiles(config, step, part, merge, x, N, C, G, channels_last)
+    launch(
+        _split_bwd_kernel, programs, config.num_warps, dy, x, stats, means, weight, bias, residual, partials, dx, dresidual, meeting,
+        _rows(weight, C), _rows(bias, C), stats.shape[1], *sizes, negative_slope, activation, *tiling,
+        cooperative=step is MEET,
+    )  # fmt: skip
+
+
+def empty_sums(config, stats, x, N, C):
+    """For (2, N T, C) sums of the T chunks of each sample."""
+    return stats.new_empty((2, N * divide(x.numel() // (N * C), config.chunk), C))
 
 
 def fold_sums(partials, weight, sum_dt_xhat, sum_dt, means, C, count):
@@ -189,8 +220,23 @@ def _arguments(config, x, N, C, G, channels_last):
     return S, D, C, D, S if config.SIDE else S // config.V
 
 
-def _tiling(config, N, C, S, channels_last):
-    """The constants of the tiled kernels, chunks of positions, programs."""
-    T = divide(S, config.OUTER * config.BLOCK_S)
-    tiling = (channels_last, config.V, config.SIDE, config.LARGE, config.OUTER, config.BLOCK_C, config.BLOCK_S)
-    return tiling, T, N * T * divide(C, config.BLOCK_C)
+def _tiles(config, step, part, merge, x, N, C, G, channels_last):
+    """Programs, counters if these meet, the sizes and the constants of the tiled kernels."""
+    S, D, c_arg, _, s_arg = _arguments(config, x, N, C, G, channels_last)
+    T, STEPS, OUTER = divide(S, config.chunk), config.STEPS, config.OUTER
+    if step is APPLY and STEPS > 1:
+        STEPS, OUTER = 1, 2 * OUTER  # it has no sums to keep, so twice the elements
+    U = divide(S, STEPS * OUTER * config.BLOCK_S)
+    meeting, BLOCK_P = None, min(1024, power_above(T * D))
+    if step is MEET:
+        team, sets = config.SET_C * U, N * divide(C, config.SET_C * config.BLOCK_C)
+        teams = min(device_of(x.get_device()).resident // team, sets)
+        meeting = counters(x, teams)
+        programs, position = teams * team, (0, 0, sets * team, config.SET_C)
+    else:
+        n, block, samples, blocks = part
+        programs = samples * blocks * U
+        position = (n, block, programs, blocks)
+    tiling = (channels_last, config.V, config.SIDE, config.LARGE, STEPS, OUTER, config.BLOCK_C, config.BLOCK_S)
+    tiling += (bool(merge), BLOCK_P if merge or step is MEET else 1, step.value)
+    return programs, meeting, (*position, U, N, c_arg, D, s_arg, T, config.chunk), tiling

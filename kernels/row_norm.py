@@ -5,10 +5,11 @@ import math
 import torch
 
 from .config import choose_rows, device_of, divide, power_above
+from .exchange import APPLY, PARTS, WHOLE
 from .fold import fold
 from .group_norm import fold_moments
 from .launch import INTERPRET, launch
-from .rows import APPLY, PARTS, WHOLE, _row_norm_bwd_kernel, _row_norm_fwd_kernel, _row_norm_fwd_long_kernel
+from .rows import _row_norm_bwd_kernel, _row_norm_fwd_kernel, _row_norm_fwd_long_kernel
 
 
 def row_norm_fwd(

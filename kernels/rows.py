@@ -10,7 +10,7 @@ rows are numbered through the planes of a segment; T = ceil(L / ROWS) in a plane
                 dx = rstd g + c2 x_hat + c3 (+ dtotal)
     stats (3, rows, G) = hi, lo, rstd, or (1, rows, G) = rstd
     sums (2, segments P, C) = sum_dt_xhat, sum_dt of what each of the P programs of a segment met: chunk p, p + P, ... in this order
-STEPs, where a program does not hold all D channels of its rows but `blocks` = ceil(D / BLOCK) of them are left to a loop or to others:
+Where a program does not hold all D channels of its rows but `blocks` = ceil(D / BLOCK) of them are left to a loop or to others:
     forward     WHOLE    the program loops over the blocks twice: moments, then y; the second reading comes from cache
                 PARTS    moments of one block: partials (3, rows, blocks, G), which _fold_moments_kernel merges
                 APPLY    y of one block, stats given
@@ -23,8 +23,7 @@ import triton.language as tl
 
 from .algebra import HUGE, inverse_std, load, load_affine, load_stats, moments, store_stats, two_sum, whole
 from .elementwise import backward_of, forward_of, store_gradients
-
-WHOLE, PARTS, APPLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from .exchange import APPLY, PARTS, WHOLE, number
 
 
 @triton.jit
@@ -120,9 +119,12 @@ def _row_norm_fwd_long_kernel(
     blocks, T = tl.cdiv(D, BLOCK), tl.cdiv(L, ROWS)
     pid, begin, end = tl.program_id(0), 0, D
     if STEP != WHOLE:
-        begin = pid % blocks * BLOCK
+        # Rows with the same block follow each other, since they share weight and bias; APPLY in reverse, as what was read last is still cached.
+        chunks = tl.num_programs(0) // blocks
+        pid = number(0, tl.num_programs(0), STEP)
+        begin = pid // chunks * BLOCK
         end = tl.minimum(begin + BLOCK, D)
-        pid = pid // blocks
+        pid = pid % chunks
     chunk, g_0 = pid // G, pid % G
     plane, i_0 = chunk // T, chunk % T * ROWS
     row, live = number_rows(plane, i_0, g_0, L, G, ROWS, 1)

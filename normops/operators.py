@@ -296,7 +296,7 @@ def public(schema: str, autocast: bool = True) -> Callable[[Body], Body]:
                 if key == "normalized_shape" and isinstance(value, int):
                     kwargs[key] = [value]
                 elif key in ("r_max", "d_max") and isinstance(value, int | float):
-                    kwargs[key] = torch.tensor(value, dtype=torch.float64)
+                    kwargs[key] = torch.full((), value, dtype=torch.float64, device=kwargs["input"].device)
             return getattr(torch.ops.normops, name).default(*args[len(names) :], **kwargs)
 
         return cast(Body, function)

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the checkout, installed
 import normops
 from normops import backends
 
+# convolutions around the norms: float32 rounds like float32, and every time alike
+torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
 DEVICES = [os.environ["NORMOPS_TEST_DEVICE"]] if "NORMOPS_TEST_DEVICE" in os.environ else ["cpu"] + ["cuda"] * torch.cuda.is_available()
 ALL = [(name, device) for device in DEVICES for name in backends.ORDER[torch.device(device).type]]
 RUNNABLE = [(name, device) for name, device in ALL if backends.unavailable(name) is None]
@@ -28,8 +30,24 @@ def pytest_report_header() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        ids = [name if name != "reference" else f"reference-{device}" for name, device in RUNNABLE]
-        metafunc.parametrize("backend", RUNNABLE, ids=ids, indirect=True)
+        only = getattr(metafunc.module, "ONLY", None)  # a file for tensors of one device
+        pairs = [(name, device) for name, device in RUNNABLE if only in (None, device)]
+        ids = [name if name != "reference" else f"reference-{device}" for name, device in pairs]
+        metafunc.parametrize("backend", pairs, ids=ids, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``NORMOPS_TEST_SHARE=3/16`` leaves the third sixteenth, for as many processes at once."""
+    if share := os.environ.get("NORMOPS_TEST_SHARE"):
+        number, count = map(int, share.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != number - 1])
+        items[:] = items[number - 1 :: count]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and "NORMOPS_TEST_SHARE" in os.environ:  # at once: the other processes have far to go
+        lines = report.longreprtext.splitlines()
+        print(report.nodeid, next((line for line in lines if line.startswith("E ")), lines[-1]), file=sys.stderr, flush=True)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 //
 // Blocks run one after another. The threads of a block are fibers that run until they meet a barrier (__syncthreads) or a warp operation
 // (__shfl_xor_sync), and go on when all of their block or warp are there. A barrier that some threads never reach stops the program, with
-// a message. Shared memory and the workspace hold NaN at first. So this checks indices, masks, barriers and numerics; not memory ordering, not speed.
+// a message. An asynchronous copy takes place when it is waited for, no sooner. Shared memory and the workspace hold NaN at first. So this checks
+// indices, masks, barriers, waiting and numerics; not memory ordering, not speed. The L2 is that of an H200, or as large as EMULATED_L2 says.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,10 +11,12 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <type_traits>
 #include <utility>
@@ -34,19 +37,46 @@ struct dim3 {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace normops {
-alignas(16) inline double shared_memory[6144];  // 48 KiB
-}
+alignas(16) inline double shared_memory[12672];  // 99 KiB, what a block may ask for on every GPU since sm_80
+inline float exp2_(float t) { return std::exp2(t); }
+inline float reciprocal(float t) { return 1 / t; }
+template <int BYTES>
+void copy_ahead(void* to, const void* from, bool);
+inline void end_group();
+template <int N>
+void wait_for_groups();
+}  // namespace normops
 
 using std::isfinite;
-inline float __fdividef(float a, float b) { return a / b; }
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+template <typename Word>
+void __stwb(Word* p, Word value) {
+  *p = value;
+}
+template <typename Word>
+void __stcs(Word* p, Word value) {
+  *p = value;
+}
 
 namespace emulation {
 
 constexpr unsigned kMaxThreads = 256;
 enum class State { absent, running, at_block, at_warp, done };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 struct Fiber {
   jmp_buf at;
   State state;
+  std::deque<std::vector<Copy>> groups{1};  // of copies that nobody has waited for; the last one is open
   char stack[64 << 10];
 };
 inline std::vector<Fiber> fibers(kMaxThreads);
@@ -54,6 +84,7 @@ inline jmp_buf scheduler;
 inline std::function<void()> body;
 alignas(8) inline char exchanged[kMaxThreads][8];
 inline bool vote, voted;
+inline size_t granted = 40 << 10;  // dynamic shared memory that the next launch may have; beside it there may be 8 KiB of static
 
 // back to the scheduler, until the state is `running` again
 inline void wait(State state) {
@@ -65,6 +96,7 @@ inline void wait(State state) {
 inline void live() {
   for (;;) {
     body();
+    fibers[threadIdx.x].groups.assign(1, {});
     wait(State::done);
   }
 }
@@ -142,9 +174,37 @@ A __shfl_xor_sync(unsigned, A value, int offset) {
   return value;
 }
 
+template <int BYTES>
+void normops::copy_ahead(void* to, const void* from, bool) {
+  emulation::fibers[threadIdx.x].groups.back().push_back({to, from, BYTES});
+}
+
+inline void normops::end_group() { emulation::fibers[threadIdx.x].groups.emplace_back(); }
+
+template <int N>
+void normops::wait_for_groups() {
+  auto& groups = emulation::fibers[threadIdx.x].groups;
+  for (; groups.size() > N + 1; groups.pop_front()) {
+    for (const emulation::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 inline cudaError_t cudaGetLastError() { return 0; }
+
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const char* cache = std::getenv("EMULATED_L2");
+  *value = attribute != cudaDevAttrL2CacheSize ? sizeof(normops::shared_memory) : cache ? std::atoi(cache) : 60 << 20;
+  return 0;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  emulation::granted = static_cast<size_t>(bytes);
+  return 0;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -152,9 +212,15 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+extern "C" {
+inline __attribute__((visibility("default"))) int emulated_launches = 0;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  if (config->dynamicSmemBytes > sizeof(normops::shared_memory) || config->blockDim.x % 32 || config->blockDim.x > emulation::kMaxThreads) return 1;
+  const size_t granted = std::min(std::exchange(emulation::granted, 40 << 10), sizeof(normops::shared_memory));
+  if (config->dynamicSmemBytes > granted || config->blockDim.x % 32 || config->blockDim.x > emulation::kMaxThreads) return 1;
+  emulated_launches++;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulation::body = [&] { kernel(arguments...); };

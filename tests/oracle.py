@@ -31,6 +31,7 @@ ACTIVATIONS = {  # the torch functions that the names promise
 }
 FLOOR = 4
 HALF = (torch.float16, torch.bfloat16)
+LARGE = 1 << 24  # elements: below it values are drawn, and the oracle runs, on the CPU, so that they and the tolerance are the same on every device
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -192,7 +193,8 @@ class Inputs:
     @classmethod
     def of(cls, case: Case, device: str) -> "Inputs":
         def random(shape, dtype, layout="contiguous", mean=0.0, std=1.0):
-            values = torch.randn(shape, dtype=torch.float64) * std + mean
+            small = math.prod(shape) < LARGE
+            values = torch.randn(shape, dtype=torch.float64 if small else dtype, device="cpu" if small else device) * std + mean
             return LAYOUTS[layout](values.to(dtype).to(device)).detach()
 
         vector = {"C": case.vector, "NC": (case.shape[0], *case.vector)}
@@ -252,11 +254,11 @@ class Inputs:
         running = {name: value for name, value in running.items() if value is not None}
         return Result(y.detach(), dict(zip(names, found, strict=True)), None if total is None else total.detach(), running)
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
+    def to(self, dtype: torch.dtype, device: str | None = None) -> "Inputs":
         """Contiguous copies."""
 
         def copied(value):
-            return None if value is None else value.to(dtype).contiguous()
+            return None if value is None else value.to(device or value.device, dtype).contiguous()
 
         tensors = {name: copied(value) for name, value in self.tensors.items()}
         return Inputs(self.case, tensors, copied(self.dy), copied(self.dtotal), tuple(copied(value) for value in self.running))
@@ -267,9 +269,9 @@ class Inputs:
         return partial(function, rounded=self.case.dtype) if self.dtotal is not None else function
 
     def torch(self, dtype: torch.dtype) -> Result:
-        """torch's own ops in `dtype`: the oracle in float64, the measure of the tolerance in float32."""
+        """torch's own ops in `dtype`, on the CPU: the oracle in float64, the measure of the tolerance in float32."""
         eps = torch.finfo(accumulator(self.case.dtype)).eps if self.case.eps is None else self.case.eps
-        wide = self.to(dtype)
+        wide = self.to(dtype, "cpu" if self.dy.numel() < LARGE else None)
         wide.case = replace(self.case, out_dtype=None, eps=eps)
         return wide.run(self.composition())
 
@@ -339,6 +341,7 @@ def _update(x, running_mean, running, momentum, of_var, correction=1):
 def _batch_renorm(x, running_mean, running_std, weight=None, bias=None, training=False, momentum=0.01, eps=1e-3, *, r_max=1.0, d_max=0.0, **fused):
     if not training:
         return _batch_norm(x, running_mean, running_std.square(), weight, bias, eps=0.0, **fused)
+    r_max, d_max = (torch.as_tensor(bound, dtype=torch.float64, device=x.device) for bound in (r_max, d_max))
     var, mean = torch.var_mean(x.detach().transpose(0, 1).flatten(1), 1, correction=0)
     r = ((var + eps).sqrt() / running_std).clamp(1 / r_max, r_max)
     d = ((mean - running_mean) / running_std).clamp(-d_max, d_max)
@@ -438,7 +441,7 @@ def check(got: Result, inputs: Inputs, factor: float = 2) -> None:
     failures = []
     for name, mine, oracle, other, other_oracle, dtype in tensors:
         assert mine.dtype == dtype, f"{name}: dtype {mine.dtype}"
-        error = (mine.double() - oracle).abs().max().item()
+        error = (mine.to(oracle) - oracle).abs().max().item()
         loss = (other.to(dtype if own != torch.float64 else other.dtype).double() - other_oracle).abs().max().item() * ratio
         magnitude = max(oracle.abs().max().item(), largest.get(name[1:], 0.0))
         # an output wider than what it was computed in is no better than that

@@ -228,7 +228,7 @@ def test_the_grid(norm):
 
 
 def test_every_chosen_name_is_a_case():
-    for chosen in (shapes.REPRESENTATIVE, shapes.LARGE, shapes.COMPILED):
+    for chosen in (shapes.REPRESENTATIVE, shapes.LARGE, shapes.compiled("cuda")):
         assert sorted(name for norm in NORMS for name in shapes.names(norm, chosen)) == sorted(chosen)
 
 

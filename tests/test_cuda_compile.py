@@ -1,103 +1,44 @@
-"""The CUDA backend without a GPU: every kernel compiles with nvcc and stays in registers, and the same sources, compiled as C++, compute the norms.
+"""The CUDA backend without a GPU: its sources, compiled as C++, compute the norms.
 
-``cuda_emulation.h`` says what the second part can see and what it cannot.
+``cuda_emulation.h`` says what this can see and what it cannot.
 """
 
+import ctypes
 import inspect
 import math
-import re
-import shutil
-import subprocess
-import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import test_norms as norms
 import test_numerics as numerics
 import torch
 from cases import FLOOR, KINDS, Inputs, check, roundoff
+from cuda_build import build
 from test_norms import ALL
 from torch import Tensor
 
 from normops import backends, reference
 from normops.reference import accumulator
 
-ROOT = Path(__file__).parent.parent
-SOURCES = {"group_norm": 100, "row_norm": 40, "statistics": 20}  # and how many kernels there are at least
-STANDARD = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030A0000"]
-TORCH = Path(torch.__file__).parent
-INCLUDES = [f"-I{path}" for path in (TORCH / "include", sysconfig.get_path("include"))]
-ARCHITECTURES = ("80", "90", "100")
-MAX_REGISTERS = 128  # two blocks of 256 threads for each SM
-
-
-def run(command: list[str], **options) -> str:
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}"
-    return done.stdout
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="no Python headers")
-@pytest.mark.parametrize("name", SOURCES)
-def test_kernels_compile_for_every_architecture(name: str, tmp_path: Path) -> None:
-    """No warnings, no spills, no local memory, but for the maps of activations, that call functions. (The host code is compiled with all warnings
-    below.) All from the PTX of the oldest one, to be quick.
-    """
-    code = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
-    flags = ["-O3", *STANDARD, f"-gencode=arch=compute_{ARCHITECTURES[0]},code=[{code}]", "-Xptxas=-v", "--threads=2"]
-    log = run(["nvcc", *flags, *INCLUDES, "-fatbin", ROOT / f"csrc/cuda/{name}.cu", "-o", tmp_path / f"{name}.fatbin"])
-    assert "warning" not in log, log
-    found = re.findall(r"entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill.*?Used (\d+) registers", log, re.S)
-    kernels = {arch: {name for name, of, *_ in found if of == arch} for arch in ARCHITECTURES}
-    assert len(kernels["80"]) > SOURCES[name] and kernels["80"] == kernels["90"] == kernels["100"]
-    assert not [entry for entry in found if int(entry[3]) or int(entry[4]) > MAX_REGISTERS]
-    assert not [entry for entry in found if int(entry[2]) and "activation_moments" not in entry[0]]
-
-
 # some kernels and loops need large tensors; here they run on all sizes, with tiles and chunks of several steps
 VARIANTS = {
     "as_built": {},
     "split": {
-        "kGroupBytes = 32 << 10": "kGroupBytes = 0",
+        "kGroupBytes = 64 << 10": "kGroupBytes = 0",
         "kBlocks = 2048": "kBlocks = 1",
         "kMaxSteps = 64": "kMaxSteps = 4",
-        "kRowBytes = 32 << 10": "kRowBytes = 4 << 10",
+        "kWaveBytes = 24 << 20": "kWaveBytes = 0",
+        "kRowBytes = 64 << 10": "kRowBytes = 4 << 10",
+        "kPieceBytes = 32 << 10": "kPieceBytes = 2 << 10",
+        "kSumBytes = 128": "kSumBytes = 16",
+        "kFewRows = 64": "kFewRows = 2",
+        "kLongBytes = 256 << 10": "kLongBytes = 0",
         "kRowBlocks = 512": "kRowBlocks = 1",
         "kMaxRows = 256": "kMaxRows = 4",
     },
 }
-
-
-def build(variant: str, folder: Path, sources: tuple[str, ...], replacements: dict[str, str]):
-    """``torch.ops`` namespace of CUDA sources on CPU tensors."""
-    compiler = shutil.which("g++")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("no g++ on Linux, which has what the emulation is made of")
-    namespace, replaced = f"normops_emulated_{variant}", set()
-    shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
-    for path in (folder / "cuda").iterdir():
-        text = path.read_text()
-        for old, new in {"normops_CUDA, CUDA": "normops_CUDA, CPU", "normops_CUDA": namespace, **replacements}.items():
-            replaced |= {old} if old in text else set()
-            text = text.replace(old, new)
-        path.write_text(text)
-    assert replaced >= set(replacements)
-    (folder / "cuda_runtime.h").write_text('#include "cuda_emulation.h"\n')
-    library = folder / "emulated.so"
-    flags = "-O1 -march=native -fPIC -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -Wall -Werror -Wno-unknown-pragmas".split()
-    includes = [f"-I{folder}", f"-I{ROOT / 'tests'}", *INCLUDES]
-    objects = [folder / f"{name}.o" for name in sources]
-    commands = [[compiler, *flags, *STANDARD, *includes, "-c", "-x", "c++", folder / f"cuda/{made.stem}.cu", "-o", made] for made in objects]
-    list(ThreadPoolExecutor().map(run, commands))
-    run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", "-o", library])
-    torch.ops.load_library(str(library))
-    return getattr(torch.ops, namespace)
 
 
 @pytest.fixture(scope="session")
@@ -265,6 +206,11 @@ CALLS = [
     Call("given means, channels last", "group_norm", 3, 16, 20, 4, channels_last=True, frozen=1, means=True, weight=3),
     Call("given means, long rows in 16 bits", "group_norm", 2, 3, 5000, 3, frozen=1, means=True, dtype=_bf16, y_dtype=_f32),
     Call("given means, one position: samples are positions", "group_norm", 300, 16, 1, 16, frozen=1, means=True, dtype=_f64, residual=True),
+    Call("groups whose vectors lie across channels", "group_norm", 3, 16, 49, 2, weight=3),
+    Call("the same in 16 bits", "group_norm", 2, 32, 25, 2, dtype=_bf16, residual=True),
+    Call("several groups in a block", "group_norm", 40, 32, 4, 16, residual=True),
+    Call("the largest group that a block holds backward", "group_norm", 1, 8, 1024, 1),
+    Call("a group that a block holds forward alone", "group_norm", 1, 4, 4096, 1, weight=None),
     Call("channels", "batch_norm", 5, 6, 40, running=_f32),
     Call("channels, all bare", "batch_norm", 5, 6, 40, weight=None, bias=None, activation="none"),
     Call("channels of odd planes", "batch_norm", 9, 8, 49, running=_f64, residual=True, bias=None),
@@ -295,6 +241,8 @@ CALLS = [
     Call("a block for each row", "row_norm", 3, 1500, dtype=_f64),
     Call("rows longer than shared memory", "row_norm", 3, 9000, residual=True),
     Call("odd rows longer than shared memory", "row_norm", 2, 8195, adds=True),
+    Call("few long rows", "row_norm", 2, 70000, adds=True),
+    Call("few long rows in 16 bits, RMS", "row_norm", 1, 132000, dtype=_bf16, centered=False, bias=None, weight_offset=1.0),
     Call("long rows of double", "row_norm", 2, 4500, dtype=_f64, centered=False),
     Call("groups of channels", "row_norm", 9, 40, 1, 5),
     Call("groups of odd channels, vectors for each sample", "row_norm", 6, 36, 1, 4, weight=6, bias=6, residual=True),
@@ -338,6 +286,41 @@ def test_emulated_outputs_alone(emulated, call: Call) -> None:
     for name in {"group_norm": ("y", "stats"), "batch_norm": ("stats",), "row_norm": ("y",)}[call.op] if not call.frozen else ():
         for result, value in compute(emulated, call, given, forward_wanted=(name,)).items():
             assert torch.equal(value, full[result]), f"{result}, when {name} is wanted"
+
+
+WAVES = [
+    Call("samples", "group_norm", 6, 8, 300, 4, residual=True),
+    Call("groups", "group_norm", 1, 12, 500, 6, dtype=_bf16),
+    Call("channels", "group_norm", 2, 6, 301, 6, weight=2),
+    Call("given means", "group_norm", 6, 3, 200, 3, frozen=1, means=True),
+    Call("samples, channels last", "group_norm", 6, 16, 40, 4, channels_last=True),
+    Call("groups, channels last", "group_norm", 1, 1536, 10, 384, channels_last=True),
+    Call("planes", "batch_norm", 5, 6, 300, running=_f32),
+    Call("planes with vectors for each sample", "batch_norm", 5, 6, 300, weight=5, bias=1, running=_f32),
+    Call("columns", "batch_norm", 3, 390, 49, running=_f32, residual=True),
+    Call("channels of positions", "batch_norm", 30, 400, 7, channels_last=True, running=_f32),
+]
+
+
+@pytest.mark.parametrize("call", WAVES, ids=lambda call: call.why)
+def test_emulated_waves(builds, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where L2 is smaller than x, sets of samples or channels follow each other. No bit changes."""
+    functions, given = builds("split"), call.inputs()
+    library = ctypes.CDLL(next(path for path in torch.ops.loaded_libraries if "split" in path))
+    launches = ctypes.c_int.in_dll(library, "emulated_launches")
+
+    def run(size: int) -> tuple[dict[str, Tensor], int]:
+        monkeypatch.setenv("EMULATED_L2", str(size))
+        before = launches.value
+        return compute(functions, call, given), launches.value - before
+
+    one = given["x"].numel() * given["x"].element_size()
+    at_once, fewest = run(10 * one)
+    for budget in (int(0.8 * one), int(0.3 * one)):  # backward, x and dy are twice as much
+        results, count = run(budget)
+        assert count > fewest
+        for name, value in results.items():
+            assert torch.equal(value, at_once[name]), name
 
 
 @pytest.fixture

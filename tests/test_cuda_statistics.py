@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import test_statistics as statistics
 import torch
-from test_cuda_compile import GUARD, ROOT, build, emulation  # noqa: F401 (a fixture)
+from cuda_build import ROOT, build
+from test_cuda_compile import GUARD, emulation  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from normops import backends, maps, reference

@@ -234,18 +234,18 @@ def gradients(model, call, x):
 
 @over_checkpoints
 @over_kinds
-def test_checkpoint(kind, use_reentrant, backend):
+def test_checkpoint(kind, use_reentrant, backend, device):
     """Computed twice, counted and averaged once; the gradients are those without, step after step: renorm's r and d are what they were, to a
     rounding."""
-    model = Region(kind)
+    model = Region(kind).to(device)
     plain = copy.deepcopy(model)
     for _ in range(3):
-        x = images() * 2 + 1
+        x = images(device=device) * 2 + 1
         got = gradients(model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant), x)
         want = gradients(plain, plain, x)
         compare(got, want, **({"rtol": 1e-5, "atol": 1e-5} if kind == "batch_renorm" else {"rtol": 0, "atol": 0}))
         assert unchanged(model, state(plain))
-    x = images()
+    x = images(device=device)
     assert torch.equal(checkpoint(model.eval(), x, use_reentrant=False), plain.eval()(x))
 
 

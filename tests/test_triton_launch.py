@@ -19,6 +19,7 @@ class Compiled:
 class Kernel:
     def __init__(self, notes):
         self.fn, self.notes = object(), notes
+        self.arg_names = ["x_ptr", "size"]
 
     def __getitem__(self, grid):
         def call(*args, **options):

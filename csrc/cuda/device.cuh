@@ -7,7 +7,7 @@
 //   Not centered (RMS): hi = lo = c3 = 0. Given statistics: c2 = c3 = 0, or from given means P/n, Q/n.
 //
 // groups.cuh has a statistic for all positions of D channels, rows.cuh one for each position. A thread reads and writes V neighbours at a time
-// (16 bytes, or V = 1). Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
+// (16 bytes, 8 across rows of 16 bits, or V = 1). Sums run in an order that depends on the shape alone: no atomics, the same bits on every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,11 +19,41 @@
 
 namespace normops {
 
+#ifdef __CUDACC__  // one instruction each, to 2 ulp; subnormal numbers count as zero
+__device__ __forceinline__ float exp2_(float t) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+}
+__device__ __forceinline__ float reciprocal(float t) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+}
+
+// Copies of 4, 8 or 16 bytes from global to shared memory that a thread does not wait for, until it waits for all groups but the last N.
+template <int BYTES>
+__device__ __forceinline__ void copy_ahead(void* to, const void* from, bool kept) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  uint64_t policy;
+  if (kept) {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  }
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(BYTES), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+#endif
 __device__ __forceinline__ float exp_(float t) { return expf(t); }
 __device__ __forceinline__ double exp_(double t) { return exp(t); }
 __device__ __forceinline__ float tanh_(float t) { return tanhf(t); }
 __device__ __forceinline__ double tanh_(double t) { return tanh(t); }
-__device__ __forceinline__ float logistic_(float t) { return __fdividef(1.0f, 1.0f + expf(-t)); }
+__device__ __forceinline__ float logistic_(float t) { return reciprocal(1.0f + exp2_(-1.4426950408889634f * t)); }
 __device__ __forceinline__ double logistic_(double t) { return 1.0 / (1.0 + exp(-t)); }
 __device__ __forceinline__ float erf_(float t, float) { return erff(t); }
 __device__ __forceinline__ double erf_(double t, double) { return erf(t); }
@@ -42,6 +72,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int kThreads = 256;
 constexpr int kResident = 2;  // blocks that an SM has room for: 128 registers a thread; left alone, ptxas spills to get below
+constexpr int kAhead = 4, kAheadBackward = 3;  // vectors of each tensor that a thread waits for at once: two blocks have 32 to 48 KB on their way
 alignas(16) extern __shared__ double shared_memory[];  // for vectors of 16 bytes
 
 template <typename T>
@@ -52,6 +83,9 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vec {
   T at[V];
 };
 
+template <int BYTES>
+using Word = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, std::conditional_t<BYTES == 4, unsigned, unsigned short>>>;
+
 template <int V, typename T>
 __device__ __forceinline__ Vec<T, V> load(const T* p) {
   return *reinterpret_cast<const Vec<T, V>*>(p);
@@ -60,6 +94,48 @@ __device__ __forceinline__ Vec<T, V> load(const T* p) {
 template <typename T, int V>
 __device__ __forceinline__ void store(T* p, const Vec<T, V>& value) {
   *reinterpret_cast<Vec<T, V>*>(p) = value;
+}
+
+// To global memory, at once. What is not `kept` in L2 is used for the last time, and what else is there shall stay.
+template <typename T, int V>
+__device__ __forceinline__ void store(T* p, const Vec<T, V>& value, bool kept) {
+  using W = Word<sizeof(T) * V>;
+  const W word = reinterpret_cast<const W&>(value);
+  if (kept) {
+    __stwb(reinterpret_cast<W*>(p), word);
+  } else {
+    __stcs(reinterpret_cast<W*>(p), word);
+  }
+}
+
+// to shared memory
+template <typename T, int V>
+__device__ __forceinline__ void fetch(Vec<T, V>* to, const T* from, bool kept) {
+  if constexpr (sizeof(T) * V < 4) {
+    *to = load<V>(from);
+  } else {
+    copy_ahead<sizeof(T) * V>(to, from, kept);
+  }
+}
+
+// body(k, r) for r = 0, ..., count - 1, k = r % U, while what `fetch`(k, r) of the next U - 1 has asked for is on its way to shared memory
+template <int U, typename Fetch, typename Body>
+__device__ __forceinline__ void ahead(int count, Fetch fetch, Body body) {
+#pragma unroll 1
+  for (int r = 0; r < U - 1; r++) {
+    if (r < count) fetch(r, r);
+    end_group();
+  }
+  int k = 0, next = U - 1;
+#pragma unroll 1
+  for (int r = 0; r < count; r++) {
+    if (r + U - 1 < count) fetch(next, r + U - 1);
+    end_group();
+    wait_for_groups<U - 1>();
+    body(k, r);
+    next = k;
+    k = k + 1 < U ? k + 1 : 0;
+  }
 }
 
 struct Values {  // in any dtype, or none

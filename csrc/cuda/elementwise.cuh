@@ -44,32 +44,32 @@ __device__ __forceinline__ void with_activation(Activation activation, Body body
 #undef NORMOPS_CASE
 }
 
-// t of V neighbours
+// t of V neighbours; `added` to it is a residual, or nothing
 template <typename A, int K, typename T, int V>
-__device__ __forceinline__ void affine(A (&t)[V], A (&x_hat)[V], const Vec<T, V>& x, const T* residual, int64_t offset,
-                                       const Channel<A> (&channels)[K]) {
-  Vec<T, V> added{};
-  if (residual) added = load<V>(residual + offset);
+__device__ __forceinline__ void affine(A (&t)[V], A (&x_hat)[V], const Vec<T, V>& x, const Vec<T, V>* added, const Channel<A> (&channels)[K]) {
 #pragma unroll
   for (int v = 0; v < V; v++) {
     const Channel<A>& ch = channels[v % K];
     x_hat[v] = ch.x_hat(static_cast<A>(x.at[v]));
     t[v] = fma_(x_hat[v], ch.weight, ch.bias);
-    if (residual) t[v] += static_cast<A>(added.at[v]);
   }
+  if (!added) return;
+  const Vec<T, V> residual = *added;
+#pragma unroll
+  for (int v = 0; v < V; v++) t[v] += static_cast<A>(residual.at[v]);
 }
 
 template <typename A, int K, typename T, typename Y, int V>
-__device__ __forceinline__ void forward(Y* y, const Vec<T, V>& x, const T* residual, int64_t offset, const Channel<A> (&channels)[K],
-                                        const Problem& p) {
+__device__ __forceinline__ void forward(Y* y, Vec<T, V> x, const Vec<T, V>* added, const Channel<A> (&channels)[K], const Problem& p,
+                                        bool kept = true) {
   A t[V], x_hat[V];
-  affine(t, x_hat, x, residual, offset, channels);
+  affine(t, x_hat, x, added, channels);
   Vec<Y, V> out;
   with_activation(p.activation, [&](auto activation) {
 #pragma unroll
     for (int v = 0; v < V; v++) out.at[v] = static_cast<Y>(activate(activation.value, t[v], static_cast<A>(p.slope)));
   });
-  store(y + offset, out);
+  store(y, out, kept);
 }
 
 template <typename A, typename T, typename Y>
@@ -81,10 +81,10 @@ struct Backward {  // what the backward kernels read and write; dtotal, dx and d
 
   // dt and x_hat of V neighbours
   template <int V, int K>
-  __device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], int64_t offset, const Channel<A> (&channels)[K], const Problem& p) const {
-    const Vec<Y, V> upstream = load<V>(dy + offset);
+  __device__ __forceinline__ void gradient(A (&dt)[V], A (&x_hat)[V], Vec<Y, V> upstream, Vec<T, V> value, const Vec<T, V>* added,
+                                           const Channel<A> (&channels)[K], const Problem& p) const {
     A t[V];
-    affine(t, x_hat, load<V>(x + offset), residual, offset, channels);
+    affine(t, x_hat, value, added, channels);
     with_activation(p.activation, [&](auto activation) {
 #pragma unroll
       for (int v = 0; v < V; v++) dt[v] = static_cast<A>(upstream.at[v]) * activate_grad(activation.value, t[v], static_cast<A>(p.slope));
@@ -94,11 +94,11 @@ struct Backward {  // what the backward kernels read and write; dtotal, dx and d
   // dx and dresidual of V neighbours, with the coefficients of M statistics
   template <int V, int K, int M>
   __device__ __forceinline__ void write(int64_t offset, const A (&dt)[V], const A (&x_hat)[V], const Channel<A> (&channels)[K], const A (&c2)[M],
-                                        const A (&c3)[M]) const {
+                                        const A (&c3)[M], bool kept = true) const {
     Vec<T, V> out;
 #pragma unroll
     for (int v = 0; v < V; v++) out.at[v] = static_cast<T>(dt[v]);
-    if (dresidual) store(dresidual + offset, out);
+    if (dresidual) store(dresidual + offset, out, kept);
     if (!dx) return;
     Vec<T, V> added{};
     if (dtotal) added = load<V>(dtotal + offset);
@@ -107,7 +107,7 @@ struct Backward {  // what the backward kernels read and write; dtotal, dx and d
       const Channel<A>& ch = channels[v % K];
       out.at[v] = static_cast<T>(fma_(ch.rstd * ch.weight, dt[v], fma_(c2[v % M], x_hat[v], c3[v % M])) + static_cast<A>(added.at[v]));
     }
-    store(dx + offset, out);
+    store(dx + offset, out, kept);
   }
 };
 

@@ -27,6 +27,8 @@ int power_of_two(int64_t at_least, int64_t low, int64_t high) {
   return static_cast<int>(low);
 }
 
+constexpr int64_t kGranted = 40 << 10;  // of shared memory, beside up to 8 KB of static: more than 48 KB must be asked for
+
 struct Launcher {
   cudaStream_t stream;
 
@@ -44,10 +46,20 @@ struct Launcher {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
+    if (shared > kGranted) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
+
+// that a block may ask for, beside what kernels have of static
+inline int64_t shared_memory_of(const Tensor& x) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index()));
+  return bytes - (8 << 10);
+}
 
 struct Workspace {  // torch's allocator keeps it from reuse on other streams
   Tensor tensor;
@@ -133,12 +145,12 @@ void with_types(ScalarType x, ScalarType y, Body body) {
 template <int V>
 using Width = std::integral_constant<int, V>;
 
-// body(Width<V>{}, flag): V elements make up 16 bytes of Y where `run` contiguous elements and all pointers allow it, otherwise V = 1.
+// body(Width<V>{}, flag): V elements, at most MOST, make up 16 bytes of Y where `run` contiguous elements and all pointers allow it, otherwise V = 1.
 // Two doubles at a time need too many registers, and gain little: a warp reads 256 bytes at once as it is.
-template <typename Y, typename Body>
+template <typename Y, int MOST = 8, typename Body>
 void with_width(int64_t run, std::initializer_list<const void*> pointers, bool flag, Body body) {
   if constexpr (sizeof(Y) < sizeof(double)) {
-    constexpr int kWide = 16 / sizeof(Y);
+    constexpr int kWide = std::min<int>(16 / sizeof(Y), MOST);
     const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     if (run % kWide == 0 && std::all_of(pointers.begin(), pointers.end(), aligned)) {
       return flag ? body(Width<kWide>{}, std::true_type{}) : body(Width<kWide>{}, std::false_type{});
