@@ -155,16 +155,18 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     elements = min(4096 if backward or channels_last else 8192, (32 << 10) // itemsize)
     while elements > 2048 and N * C * S < elements * 2 * device.processors:
         elements //= 2
-    per_thread = 16 if itemsize == 8 or (SIDE and backward) else 32
     size = itemsize * (2 if backward else 1)
     STEPS = _steps(N, C, S, size, channels_last, backward, device) if itemsize < 8 and not SIDE else 1
     if STEPS > 1:
-        elements, per_thread = 2048 if backward else 4096, 16
-    BLOCK_C, BLOCK_S, V = _tile(C, S, D, itemsize, channels_last, backward, elements, V)
+        BLOCK_C, BLOCK_S, width = _tile(C, S, D, itemsize, channels_last, backward, 2048 if backward else 4096, V)
+        STEPS, per_thread = min(STEPS, power_below(divide(S, BLOCK_S))), 16
+    if STEPS < 4:  # too few to make up for smaller tiles
+        STEPS = 1
+        BLOCK_C, BLOCK_S, width = _tile(C, S, D, itemsize, channels_last, backward, elements, V)
+        per_thread = 16 if itemsize == 8 or (SIDE and backward) else 32
     if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
         raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
-    STEPS = min(STEPS, power_below(divide(S, BLOCK_S)))
-    num_warps = max(1, BLOCK_C * BLOCK_S // (32 * (16 if BLOCK_S < 8 else per_thread)))
+    V, num_warps = width, max(1, BLOCK_C * BLOCK_S // (32 * (16 if BLOCK_S < 8 else per_thread)))
     # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
     FOLD = D % BLOCK_C == 0 and divide(S, STEPS * BLOCK_S) * D <= 128
     LARGE = N * C * S * size > device.wave
@@ -175,17 +177,15 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
 
 def _steps(N, C, S, size, channels_last, backward, device):
     """Tiles of 16 elements a thread that a program goes through, so that it brings sums together once: as many as leave 3 programs a processor.
-    Backward there is enough to do for each element beside; but channels last, a tile's few positions would leave many partials."""
+    Backward, there is enough to do for each element beside; but channels last, a tile's few positions would leave many partials."""
     at_once = min(N * C * S, device.wave // size) // (3 * device.processors)
-    STEPS = min(16, power_below(max(1, at_once // (2048 if backward else 4096))))
-    return STEPS if not backward or (channels_last and STEPS >= 4) else 1
+    return 1 if backward and not channels_last else min(16, power_below(max(1, at_once // (2048 if backward else 4096))))
 
 
 def _wave(N, C, S, D, size, BLOCK_C, device):
     """SET_N, SET_C: as many samples, or groups of samples that are too long, as are read twice from cache. 0 where that is so little that reading it
     again takes no longer than one launch more. (Backward in 16 bits computes for as long as it reads: see `_split`.)"""
-    sample, unit = C * S * size, _unit(C, D, BLOCK_C)
-    block = BLOCK_C * S * size
+    sample, block, unit = C * S * size, BLOCK_C * S * size, _unit(C, D, BLOCK_C)
     if sample <= device.wave:
         SET_N, SET_C, part = _even(N, device.wave // sample), 0, sample
     elif unit * block <= device.wave:
@@ -336,7 +336,7 @@ def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
             if ROWS and _fills(divide(samples, ROWS), divide(C, enough), device):
                 return Config("meet", min(V, max(1, enough // 8)) if channels_last else V, False, ROWS, 1, enough, BLOCK_S, 8, LARGE=True)
         ROWS = power_above(samples)
-    # Up to 256 positions, tiles of one sample would be half empty, and leave many partials.
+    # Up to 256 positions, tiles of one sample would be half empty.
     if spans or not held and (channels_last or S > 256):
         if channels_last:
             return _split(1, C, N * S, 1, itemsize, True, backward, device, V, False)

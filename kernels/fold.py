@@ -64,7 +64,8 @@ def _fold(sums, dweight, dbias, R, LENGTH):
     _, rows, C = sums.shape
     K = rows // R
     # 32 columns are one line of memory: many small programs, since there is little to do and much to wait for.
-    block_k, block_c = min(64, power_above(LENGTH)), 32
+    block_k = min(64, power_above(LENGTH))
+    block_c = 32 if C < 1 << 14 else max(32, 1024 // block_k)  # with more columns than programs, fewer of these
     launch(
         _fold_kernel, R * divide(K, LENGTH) * divide(C, block_c), max(1, block_k * block_c // 512), sums, dweight, dbias,
         rows, C, K, LENGTH, block_k, block_c,

@@ -112,6 +112,7 @@ class BatchNorm(Function):
         y, stats = fwd(x, weight, bias, residual, given, *options, *(() if running is None else (running,)))
         ctx.save_for_backward(x, stats if given is None else given, weight, bias, None if options[1] == "none" else residual)
         ctx.family, ctx.direct = (Batch, (x.shape[1], *options, False, group)), fwd is launch.batch_norm_fwd
+        ctx.set_materialize_grads(False)  # zeros for the statistics would be a launch
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return y, stats
