@@ -1,7 +1,8 @@
 """How long the Triton kernels take on an H200, predicted from what can be read without one: ``python -m bench.model [norm ...]``.
 
 Each call is made on meta tensors. Its launches and torch ops are noted, every kernel is compiled for sm_90, and programs, registers, instructions
-and traffic give a time. Nothing of it was run on a GPU: ``CONSTANTS`` were measured by others.
+and traffic give a time. Nothing of it was run on a GPU: ``CONSTANTS`` were measured by others. Written to a CSV and between
+``<!-- bench:model -->`` and ``<!-- /bench -->`` of the README.
 
     memory       bytes from HBM at `hbm`, all bytes at `l2`, less where fewer are in flight than `RAMP` wants; the last programs are fewer
     arithmetic   instructions at `issue` a processor and cycle and, of one warp, at best one in `warp` cycles; MUFU, shuffles, fp64 at `PIPES`
@@ -26,13 +27,15 @@ from normops.kernels.config import Device
 from normops.kernels.exchange import SPACING
 from torch import Tensor
 
-from bench import shapes
+from bench import report, shapes
 from bench.compiled import Call, Launch, Op, Program, compile_variant, executed, global_accesses, loops, program, record, resources, source
 from bench.machine import describe
 from bench.norms import NORMS, minimum_bytes
-from bench.run import write
+from bench.run import read, write
 from bench.shapes import Case
 
+HERE = Path(__file__).parent
+README, RESULT = HERE.parent / "README.md", HERE / "results" / "model_h200.csv"
 # name -> value, and where it comes from
 CONSTANTS = {
     "processors": (132, "NVIDIA Hopper white paper"),
@@ -166,7 +169,7 @@ def work_of_launch(launch: Launch, code: Code, what: Program, share: float) -> W
         stream = asked < 4 * in_loops * bytes_here
         times = min(in_loops, max(1, int(asked / bytes_here * 1.1))) if stream else 1
         bytes_here = min(bytes_here, 2 * asked)  # of a workspace a launch may use a part
-        memory = storage(tensor), named.get("first") if stream and share < 1 else None
+        memory = storage(tensor), (named.get("n_0"), named.get("block_0")) if stream and share < 1 else None
         work.traffic += times * bytes_here if stream else asked
         if store:
             work.hbm += bytes_here
@@ -242,7 +245,7 @@ def predict(call: Call, codes: dict[tuple, Code]) -> dict[str, Any]:
     """The row of a call."""
     alike = defaultdict(int)
     for step in call.steps:
-        if isinstance(step, Launch) and "first" in step.named:
+        if isinstance(step, Launch) and "block_0" in step.named:
             alike[variant(step)] += step.programs
     works, programs = [], {}
     for step in call.steps:
@@ -305,29 +308,32 @@ GOALS = (
     ("layer_norm", "kb1_40/16x4194304/none", 180.0),
     ("batch_norm", "tileops_bn_large/128x128x181x181/none", 600.0),
 )
-# and of the copy's bandwidth, for what does not fit the cache
-SHARES = {("held", "forward"): 0.92, ("held", "backward"): 0.90, ("meet", "forward"): 0.85, ("meet", "backward"): 0.85}
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Means and the worst rows, out of the cache and in it, and the goals."""
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: of what does not fit L2, the share of the copy's bandwidth and the worst case; the goals."""
     sets = defaultdict(list)
     for row in rows:
-        where = "L2" if float(row["ideal_us"]) < 1e6 * H200.cache / H200.hbm else "HBM"
-        sets[row["op"], row["direction"], row["regime"], where].append(row)
-    print(f"{'op':24} {'direction':9} {'regime':10} {'from':4} {'rows':>4} {'of_copy':>7} {'goal':>5} {'reach':>5}  worst")
-    for (op, direction, regime, where), found in sorted(sets.items()):
+        if float(row["ideal_us"]) >= 1e6 * H200.cache / H200.hbm:
+            sets[row["op"], row["direction"], row["regime"]].append(row)
+    lines = []
+    for key, found in sorted(sets.items()):
         shares = [float(row["of_copy"]) for row in found]
         worst = min(found, key=lambda row: float(row["of_copy"]))
-        goal = SHARES.get((regime, direction)) if where == "HBM" else None
-        reach = sum(share >= goal for share in shares) if goal else ""
-        text = f"{min(shares):.2f} {worst['name']} {worst['layout']} {worst['bound']}"
-        mean = statistics.geometric_mean(shares)
-        print(f"{op:24} {direction:9} {regime:10} {where:4} {len(found):4} {mean:7.2f} {goal or '':>5} {reach:>5}  {text}")
-    for op, name, goal in GOALS:
-        for row in rows:
-            if (row["op"], row["name"], row["direction"]) == (op, name, "forward"):
-                print(f"{name:40} {row['layout']:5} goal {goal:7.1f} us, model {float(row['graph_us']):7.1f}, ideal {float(row['ideal_us']):7.1f}")
+        bound = f"{min(shares):.2f}: {worst['name']} {worst['dtype']} {worst['layout']}, by {worst['bound']}"
+        lines.append(report.line(*key, len(found), f"{statistics.geometric_mean(shares):.2f}", bound))
+    title = "Model of an H200, **not run on a GPU**: minimum of bytes at the copy's speed over the predicted time, tensors out of L2, switch off"
+    shares_of = report.table(title, ("norm", "direction", "regime", "cases", "geometric mean", "worst"), lines)
+    lines = [
+        report.line(
+            name, row["dtype"], row["layout"], *(f"{float(row[field]):.0f}" for field in ("ideal_us", "graph_us", "stream_us")), f"{goal:.0f}"
+        )
+        for op, name, goal in GOALS
+        for row in rows
+        if (row["op"], row["name"], row["direction"]) == (op, name, "forward")
+    ]
+    columns = ("forward", "dtype", "layout", "minimum", "model, graph", "model, stream", "goal")
+    return f"{shares_of}\n\n{report.table('The same in us', columns, lines)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -335,15 +341,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("norms", nargs="*", default=list(NORMS), metavar="norm", help=", ".join(NORMS))
     parser.add_argument("--quick", action="store_true", help="a call of every kind")
     parser.add_argument("--shapes", help="the name of a model, or a glob over names")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "model_h200.csv")
+    parser.add_argument("--out", type=Path, help="the CSV (default: of a whole run the one in results, whose tables go to the README)")
+    parser.add_argument("--report", action="store_true", help="compute nothing: the tables of the CSV that is there, into the README")
     options = parser.parse_args(argv)
+    if options.report:
+        return report.fill(README, "bench:model", tables(read(RESULT)[1]))
     cases = [case for norm in options.norms for case in shapes.grid(norm, "cuda", options.shapes, options.quick)]
     device = Device(cooperative=os.environ.get("NORMOPS_COOPERATIVE") == "1")
     rows = model(cases, device)
     facts = {"model": "not run on a GPU", "device": f"H200, {device}"} | {name: describe("cpu")[name] for name in ("torch", "triton", "normops")}
     facts |= {name: f"{value:g} {source}" for name, (value, source) in CONSTANTS.items()}
-    write(options.out, facts, [rows], FIELDS)
-    report(rows)
+    whole = len(options.norms) == len(NORMS) and not options.quick and not options.shapes and not device.cooperative
+    write(options.out or (RESULT if whole else HERE.parent / "build" / "bench" / RESULT.name), facts, [rows], FIELDS)
+    print(tables(rows))
+    if whole and not options.out:
+        report.fill(README, "bench:model", tables(rows))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     while elements > 2048 and N * C * S < elements * 2 * device.processors:
         elements //= 2
     size = itemsize * (2 if backward else 1)
-    STEPS = _steps(N, C, S, size, channels_last, backward, device) if itemsize < 8 and not SIDE else 1
+    STEPS = _steps(N, C, S, itemsize, channels_last, backward, device) if itemsize < 8 and not SIDE else 1
     if STEPS > 1:
         BLOCK_C, BLOCK_S, width = _tile(C, S, D, itemsize, channels_last, backward, 2048 if backward else 4096, V)
         STEPS, per_thread = min(STEPS, power_below(divide(S, BLOCK_S))), 16
@@ -167,24 +167,26 @@ def _split(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     if (BLOCK_S * C if channels_last else BLOCK_C * S) >= 1 << 31:
         raise NotImplementedError("group_norm: a tile of the Triton kernels spans more than 2^31 elements of this shape")
     V, num_warps = width, max(1, BLOCK_C * BLOCK_S // (32 * (16 if BLOCK_S < 8 else per_thread)))
-    # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched.
-    FOLD = D % BLOCK_C == 0 and divide(S, STEPS * BLOCK_S) * D <= 128
     LARGE = N * C * S * size > device.wave
-    wave = _wave(N, C, S, D, size, BLOCK_C, device) if LARGE and FOLD and (itemsize >= 4 or not backward) else (0, 0)
+    # Programs merge up to 128 partials of their group (1.5 KB beside a tile of 16) sooner than a fold kernel is launched, again and again for waves.
+    FOLD = D % BLOCK_C == 0 and divide(S, STEPS * BLOCK_S) * D <= (256 if LARGE else 128)
+    wave = _wave(N, C, S, D, size, BLOCK_C, device) if LARGE and FOLD and itemsize >= 4 else (0, 0)
     OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, V, num_warps, channels_last)
     return Config("split", V, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, num_warps, 0, FOLD, LARGE, *wave, STEPS)
 
 
-def _steps(N, C, S, size, channels_last, backward, device):
-    """Tiles of 16 elements a thread that a program goes through, so that it brings sums together once: as many as leave 3 programs a processor.
-    Backward, there is enough to do for each element beside; but channels last, a tile's few positions would leave many partials."""
-    at_once = min(N * C * S, device.wave // size) // (3 * device.processors)
-    return 1 if backward and not channels_last else min(16, power_below(max(1, at_once // (2048 if backward else 4096))))
+def _steps(N, C, S, itemsize, channels_last, backward, device):
+    """Tiles that a program goes through, so that it brings sums together once: as many as leave 3 programs a processor. For forward in 16 bits,
+    which computes for longer than it reads, and channels last, where a tile's few positions would leave many partials."""
+    if not channels_last and (backward or itemsize > 2):
+        return 1
+    at_once = N * C * S // (3 * device.processors)
+    return min(16, power_below(max(1, at_once // (2048 if backward else 4096))))
 
 
 def _wave(N, C, S, D, size, BLOCK_C, device):
     """SET_N, SET_C: as many samples, or groups of samples that are too long, as are read twice from cache. 0 where that is so little that reading it
-    again takes no longer than one launch more. (Backward in 16 bits computes for as long as it reads: see `_split`.)"""
+    again takes no longer than one launch more. (In 16 bits that does not pay: programs compute for as long as they read.)"""
     sample, block, unit = C * S * size, BLOCK_C * S * size, _unit(C, D, BLOCK_C)
     if sample <= device.wave:
         SET_N, SET_C, part = _even(N, device.wave // sample), 0, sample
@@ -228,12 +230,11 @@ def _meet(N, C, S, D, itemsize, channels_last, backward, device, V, SIDE):
     """Tiles that their programs keep, together with the addresses, without spilling, where those of a set are all there at once."""
     if not device.cooperative or SIDE or V * itemsize < 16:
         return None
-    most = (8192 if channels_last or backward else 16384) // (2 if itemsize == 8 else 1)
+    most = min(8192 if channels_last else 16384, (64 << 10) // max(itemsize, 4) // (2 if backward else 1))
     for elements in (most, most // 2):
         BLOCK_C, BLOCK_S, width = _tile(C, S, D, itemsize, channels_last, backward, elements, V)
         T, unit = divide(S, BLOCK_S), _unit(C, D, BLOCK_C)
-        sets = N * divide(C, unit * BLOCK_C)
-        if BLOCK_C * BLOCK_S == elements and T * D <= 4096 and _fills(unit * T, sets, device):
+        if BLOCK_C * BLOCK_S == elements and T * D <= 4096 and _fills(unit * T, N * divide(C, unit * BLOCK_C), device):
             OUTER, BLOCK_S = _outer(1, BLOCK_C, BLOCK_S, width, 8, channels_last)
             FOLD = D % BLOCK_C == 0 and T * D <= 1024
             return Config("meet", width, SIDE, 1, OUTER, BLOCK_C, BLOCK_S, 8, 0, FOLD, True, 1, unit)
@@ -330,13 +331,12 @@ def choose_batch(N, C, S, itemsize, channels_last, backward, device=Device()):
     most = min((64 << 10) // size, 16384 if V * itemsize < 8 else 32768)
     held = ROWS * least * BLOCK_S <= most
     spans = C * positions * ROWS >= 1 << 31  # offsets in a tile are int32
-    if not held and not spans and device.cooperative and V * itemsize >= 8:
+    if device.cooperative and not held and not spans and V * itemsize >= 8:
         for elements in (8192, 4096):
             ROWS = min(elements // (enough * BLOCK_S * (2 if itemsize == 8 else 1)), power_above(samples))
             if ROWS and _fills(divide(samples, ROWS), divide(C, enough), device):
                 return Config("meet", min(V, max(1, enough // 8)) if channels_last else V, False, ROWS, 1, enough, BLOCK_S, 8, LARGE=True)
         ROWS = power_above(samples)
-    # Up to 256 positions, tiles of one sample would be half empty.
     if spans or not held and (channels_last or S > 256):
         if channels_last:
             return _split(1, C, N * S, 1, itemsize, True, backward, device, V, False)

@@ -14,10 +14,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from normops.kernels import launch as launcher
 from normops.kernels.config import Device
 
+from bench import report
 from bench.compiled import Launch, program, record
 from bench.host import prepare, small, stub_driver
-from bench.model import H200, PIPES, Work, from_memory, inspect, predict, ramp, seconds, total, variant
+from bench.model import H200, PIPES, README, RESULT, Work, from_memory, inspect, predict, ramp, seconds, tables, total, variant
 from bench.norms import minimum_bytes
+from bench.run import read
 from bench.shapes import Case
 
 
@@ -113,3 +115,8 @@ def test_stub_driver(norm, forward):
             run()
         assert len(launcher._compiled) == forward
     assert not launcher._compiled, "what the stub left behind would be launched"
+
+
+def test_the_readme_has_the_table_of_the_csv():
+    readme = README.read_text()
+    assert report.replace(readme, "bench:model", tables(read(RESULT)[1])) == readme, "python -m bench.model --report"
