@@ -119,6 +119,8 @@ class BatchNorm(Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 9
         return None, *_backward(ctx, dy, None, ctx.needs_input_grad[1:5]), None, None, None, None
 
 
